@@ -1,0 +1,286 @@
+"""The exported folder: what is in it, how it is written so that no half of it can be opened, and how it is checked.
+
+An artifact holds ``step.onnx``, ``weights.bin``, ``manifest.json`` and the tokenizer's file. The manifest is written last
+into a folder of another name, which is then renamed: an export that was killed leaves nothing that opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rwkv_edge.errors import ArtifactError
+from rwkv_edge.spec import ModelSpec
+
+FORMAT = "rwkv-edge artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 in hex of one file of the artifact."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One graph: its file, how many nodes it has, and what it is for.
+
+    ``kind`` is 'step' (one token) or 'prefill'; ``tokens`` its sequence length; ``target`` is 'any', or 'cpu' for the form with widened
+    weights that a CPU without bfloat16 arithmetic runs.
+    """
+
+    file: str
+    kind: str
+    tokens: int
+    target: str
+    nodes: int
+    wkv: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    ``model_hash`` is the sha256 of weights.bin: states and engines belong to it. ``source`` describes the checkpoint,
+    ``tools`` the versions that made the artifact, ``warnings`` what the export had to say.
+    """
+
+    spec: ModelSpec
+    graphs: tuple[GraphEntry, ...]
+    files: Mapping[str, FileEntry]
+    tokenizer: Mapping[str, Any] | None
+    model_hash: str
+    source: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        data = asdict(self)
+        data["spec"] = self.spec.to_json()
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **data}
+
+    @classmethod
+    def from_json(cls, data: Any, path: Path) -> Manifest:
+        """The manifest that `to_json` wrote.
+
+        Raises:
+            ArtifactError: another format, a newer version, or a field that cannot be meant; names ``path``.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ArtifactError(f"{path} is not the manifest of an rwkv-edge artifact; export the checkpoint again")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path} has format version {data.get('format_version')}, expected {FORMAT_VERSION}; "
+                "export the checkpoint again with this version of rwkv-edge"
+            )
+        try:
+            return cls(
+                spec=ModelSpec.from_json(data["spec"]),
+                graphs=tuple(GraphEntry(**_plain_file(entry)) for entry in data["graphs"]),
+                files={_plain_name(name): FileEntry(**entry) for name, entry in data["files"].items()},
+                tokenizer=None if data["tokenizer"] is None else dict(data["tokenizer"]),
+                model_hash=str(data["model_hash"]),
+                source=dict(data["source"]),
+                tools=dict(data["tools"]),
+                warnings=tuple(str(w) for w in data["warnings"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); export the checkpoint again") from error
+
+
+def _plain_name(name: str) -> str:
+    """A file name that stays inside the folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"file name {name!r} leaves the folder")
+    return name
+
+
+def _plain_file(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    _plain_name(entry["file"])
+    return entry
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact folder."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """Read the manifest and compare the size of every file with it (their content: `check_content`).
+
+        Raises:
+            ArtifactError: no artifact, incomplete, damaged or of another format.
+        """
+        path = Path(path)
+        manifest_path = path / MANIFEST
+        if not path.is_dir():
+            found = "is a file" if path.exists() else "does not exist"
+            raise ArtifactError(f"{path} {found}; an artifact is the folder that 'rwkv-edge export' wrote")
+        try:
+            data = json.loads(manifest_path.read_bytes())
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{path} has no {MANIFEST}; an artifact is the folder that 'rwkv-edge export' wrote") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{manifest_path} cannot be read ({error}); export the checkpoint again") from error
+        artifact = cls(path, Manifest.from_json(data, manifest_path))
+        for name, entry in artifact.manifest.files.items():
+            artifact._check_size(name, entry)
+        return artifact
+
+    def _check_size(self, name: str, entry: FileEntry) -> None:
+        try:
+            size = (self.path / name).stat().st_size
+        except OSError as error:
+            raise ArtifactError(f"{self.path / name} is missing ({error.strerror}); export the checkpoint again") from error
+        if size != entry.nbytes:
+            raise ArtifactError(
+                f"{self.path / name} has {size} bytes, expected {entry.nbytes}: it was cut or replaced; export again"
+            )
+
+    def check_content(self, *names: str) -> None:
+        """Compare the sha256 of files (all, where none is named) with the manifest; reads them once.
+
+        Raises:
+            ArtifactError: a file is not the one that was exported.
+        """
+        for name in names or tuple(self.manifest.files):
+            if name not in self.manifest.files:
+                raise ArtifactError(f"{self.path / MANIFEST} does not list '{name}'; export the checkpoint again")
+            try:
+                found = sha256_of(self.path / name)
+            except OSError as error:
+                raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror}") from error
+            if found != self.manifest.files[name].sha256:
+                raise ArtifactError(
+                    f"{self.path / name} is not the file that was exported "
+                    f"(sha256 {found[:12]}…, expected {self.manifest.files[name].sha256[:12]}…); export the checkpoint again"
+                )
+
+    def graph(self, kind: str, target: str) -> GraphEntry:
+        """The graph of this kind for 'cpu' or 'gpu': the one made for it, else the one for any.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        entries = [entry for entry in self.manifest.graphs if entry.kind == kind and entry.target in (target, "any")]
+        if not entries:
+            raise ArtifactError(f"{self.path} holds no {kind} graph for {target}; export the checkpoint again")
+        return next((entry for entry in entries if entry.target == target), entries[0])
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path, sha256: str | None = None) -> FileEntry:
+    """Size and hash of a written file; ``sha256`` where it is known already."""
+    return FileEntry(path.stat().st_size, sha256 or sha256_of(path))
+
+
+@contextlib.contextmanager
+def artifact_folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A scratch folder beside ``target`` that takes its place when the block ends without an error.
+
+    Args:
+        target: the artifact's folder; may exist if it is empty or an artifact, which is replaced.
+        nbytes: what will be written, roughly: checked against the free space first.
+
+    Raises:
+        ArtifactError: the target holds something else, or cannot be written, or the disk is full.
+    """
+    _check_target(target)
+    scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        free = shutil.disk_usage(target.parent).free
+        if free < nbytes:
+            raise ArtifactError(f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there")
+        scratch.mkdir()
+    try:
+        with disk_errors(target):
+            yield scratch
+            _replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an ArtifactError that names ``target``."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise ArtifactError(f"{target} cannot be written: {reason}; nothing was changed there") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _check_target(target: Path) -> None:
+    try:
+        occupied = target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).exists()))
+    except OSError as error:
+        raise ArtifactError(f"{target} cannot be written: {error.strerror}") from error
+    if occupied:
+        raise ArtifactError(f"{target} exists and is not an artifact, so it is left alone; choose another folder with -o")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Scratch folders of exports that were killed."""
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        found = re.fullmatch(r".*\.partial-(\d+)(\.former)?", leftover.name)
+        if found and not _is_running(int(found[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # signal 0 would end the process there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    """Move the finished folder into place; what stood there goes last."""
+    former = scratch.with_name(scratch.name + ".former")
+    if target.exists():
+        target.rename(former)
+    try:
+        scratch.rename(target)
+    except OSError:
+        if former.exists():
+            former.rename(target)
+        raise
+    shutil.rmtree(former, ignore_errors=True)

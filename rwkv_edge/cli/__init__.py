@@ -1,0 +1,81 @@
+"""The command line: one file a command, loaded when it is called.
+
+Exit codes: 0 done; 1 the work failed, or a check did not pass; 2 an argument that cannot be meant; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from rwkv_edge.errors import RwkvEdgeError
+
+COMMANDS = {
+    "export": "Write the artifact (ONNX graph, weights, tokenizer) of a checkpoint.",
+    "info": "Tell what a checkpoint or an artifact is, without loading weights.",
+    "verify": "Compare an artifact with its checkpoint, token by token.",
+    "generate": "Continue a text.",
+    "demo": "Export, verify and run the small model that ships with the package.",
+}
+"""Name → first line of its help, so that listing them imports none."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules of this package."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of a user's journey."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"rwkv_edge.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="rwkv-edge", prog_name="rwkv-edge")
+def cli() -> None:
+    """RWKV language models on edge devices: from a checkpoint to a verified artifact to text.
+
+    Start with: rwkv-edge demo
+    """
+
+
+def main() -> None:
+    """Entry point: every expected failure is one sentence and an exit code."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line with ``arguments`` (those of the process where None); returns the exit code."""
+    try:
+        cli.main(args=arguments, prog_name="rwkv-edge", standalone_mode=False)
+    except click.exceptions.Abort:  # click's name for Ctrl-C
+        click.echo("stopped", err=True)
+        return 130
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except RwkvEdgeError as error:
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except MemoryError:
+        click.echo("Error: not enough memory; try a smaller precision or model", err=True)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe left: nothing more to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

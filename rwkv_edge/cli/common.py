@@ -1,0 +1,91 @@
+"""What several commands share: options, progress bars, sizes in words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from rwkv_edge.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATH = click.Path(path_type=Path)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def session_options(function: F) -> F:
+    """--provider and --threads."""
+    function = click.option("--threads", default=0, show_default="automatic", help="Compute threads.")(function)
+    return click.option(
+        "--provider", "providers", multiple=True, metavar="NAME",
+        help="Execution provider of ONNX Runtime, repeatable in order of preference.  [default: CPUExecutionProvider]",
+    )(function)  # fmt: skip
+
+
+class Batch(click.ParamType):
+    """A number of streams, or 'dynamic'."""
+
+    name = "N|dynamic"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """'dynamic' or an integer of at least 1."""
+        if value == "dynamic":
+            return "dynamic"
+        try:
+            batch = int(value)
+        except ValueError:
+            batch = 0
+        if not 1 <= batch <= 65536:
+            self.fail(f"'{value}' is neither a number of streams from 1 on nor 'dynamic'", param, ctx)
+        return batch
+
+
+def print_json(data: Any) -> None:
+    """Indented, as UTF-8 text."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def size(nbytes: float) -> str:
+    """Bytes in words: 1.8 GB."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"
+
+
+@contextlib.contextmanager
+def byte_progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A progress bar of bytes on stderr, drawn on a terminal only; yields what `export_checkpoint` takes as progress."""
+    with contextlib.ExitStack() as stack:
+
+        def start(total: int) -> Callable[[int], None]:
+            bar = click.progressbar(
+                length=total, label=label, file=sys.stderr, update_min_steps=max(1, total // 200),
+                item_show_func=lambda _: f"{size(bar.pos)} of {size(total)}", hidden=not sys.stderr.isatty(),
+            )  # fmt: skip
+            return stack.enter_context(bar).update
+
+        yield start
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, or of stdin for '-'.
+
+    Raises:
+        InputError: it cannot be read or is not UTF-8.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; convert it first") from error

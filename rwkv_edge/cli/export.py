@@ -1,0 +1,56 @@
+"""``rwkv-edge export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rwkv_edge.cli.common import PATH, Batch, byte_progress, size
+from rwkv_edge.errors import MissingDependencyError
+
+
+@click.command("export")
+@click.argument("checkpoint", type=PATH)
+@click.option("-o", "--output", type=PATH, help="Folder to create.  [default: the checkpoint's name and the precision]")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
+    help="Of weights and activations; the recurrence stays in fp32.",
+)  # fmt: skip
+@click.option("--batch", type=Batch(), default="1", show_default=True, help="Streams per step.")
+@click.option(
+    "--wkv", type=click.Choice(["inline", "function"]), default="inline", show_default=True,
+    help="The recurrence as plain operators, or as the local function rwkv::wkv7_step.",
+)  # fmt: skip
+@click.option(
+    "--tokenizer", metavar="NAME|FILE",
+    help="world, bytes, none, or a tokenizer.json.  [default: by the vocabulary size]",
+)  # fmt: skip
+def command(
+    checkpoint: Path, output: Path | None, precision: str, batch: int | str, wkv: str, tokenizer: str | None
+) -> None:
+    """Write the artifact of CHECKPOINT: step.onnx, weights.bin, manifest.json and the tokenizer.
+
+    CHECKPOINT is a .pth or .safetensors file. The folder appears when everything in it is complete and checked.
+
+    Example: rwkv-edge export RWKV-x070-World-0.1B.pth --precision fp16
+    """
+    try:
+        from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "torch", "export", "exporting") from error
+    from rwkv_edge.checkpoints import open_checkpoint
+
+    target = output or Path(f"{checkpoint.stem}-{precision}")
+    options = ExportOptions(precision, None if batch == "dynamic" else int(batch), wkv, tokenizer)
+    opened = open_checkpoint(checkpoint)
+    with byte_progress("weights") as progress:
+        manifest = export_checkpoint(opened, target, options, progress)
+    for warning in manifest.warnings:
+        click.echo(f"Warning: {checkpoint}: {warning}", err=True)
+    total = sum(entry.nbytes for entry in manifest.files.values())
+    spec = manifest.spec
+    click.echo(
+        f"{target}: RWKV-{spec.version}, {spec.n_layer} layers x {spec.n_embd}, {precision}, "
+        f"{manifest.graphs[0].nodes} nodes, {size(total)}"
+    )

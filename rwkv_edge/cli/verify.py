@@ -1,0 +1,53 @@
+"""``rwkv-edge verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from rwkv_edge.cli.common import PATH, json_option, print_json, read_text, session_options
+from rwkv_edge.errors import MissingDependencyError
+
+
+@click.command("verify")
+@click.argument("artifact", type=PATH)
+@click.argument("checkpoint", type=PATH)
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens to compare.")
+@click.option("--text", type=PATH, help="UTF-8 text to feed.  [default: a sample in several scripts]")
+@click.option("--tolerance", type=click.FloatRange(0, min_open=True), help="Relative bound.  [default: by precision]")
+@session_options
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    artifact: Path,
+    checkpoint: Path,
+    tokens: int,
+    text: Path | None,
+    tolerance: float | None,
+    providers: Sequence[str],
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Compare ARTIFACT with eager torch in float32 on CHECKPOINT, token by token.
+
+    Prints the largest difference of the logits, KL divergence, top-1 agreement and the worst state tensor; exits with 1
+    where a difference is larger than the tolerance.
+
+    Example: rwkv-edge verify RWKV-x070-World-0.1B-fp16 RWKV-x070-World-0.1B.pth
+    """
+    try:
+        from rwkv_edge.evaluation.verify import verify_artifact
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "torch", "export", "verifying against a checkpoint") from error
+
+    report = verify_artifact(
+        artifact, checkpoint, tokens, read_text(text) if text else None, tolerance, list(providers), threads
+    )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        click.echo(report.to_text())
+    ctx.exit(0 if report.passed else 1)

@@ -1,0 +1,100 @@
+"""What `rwkv-edge info` tells about a checkpoint or an artifact, without loading weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rwkv_edge.artifact import Artifact
+from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.evaluation.roofline import DEVICES, bytes_per_token, tokens_per_second
+from rwkv_edge.models.versions import model_from_checkpoint
+from rwkv_edge.spec import ITEM_SIZE, PRECISIONS, ModelSpec
+
+WEIGHTS = "weights.bin"
+
+
+def describe(path: Path, bandwidth: float | None = None) -> dict[str, Any]:
+    """Facts about a checkpoint file or an artifact folder, as JSON values.
+
+    Args:
+        path: what to describe.
+        bandwidth: GB/s of this machine, to bound its tokens per second too.
+
+    Raises:
+        CheckpointError: not a readable checkpoint.
+        ArtifactError: not a readable artifact.
+    """
+    return _describe_artifact(path, bandwidth) if path.is_dir() else _describe_checkpoint(path, bandwidth)
+
+
+def _describe_checkpoint(path: Path, bandwidth: float | None) -> dict[str, Any]:
+    checkpoint = open_checkpoint(path)
+    weights, tokens = {}, {}
+    spec = model_from_checkpoint(checkpoint).spec
+    for precision in PRECISIONS:
+        model = model_from_checkpoint(checkpoint, precision)
+        nbytes = sum(p.nbytes(model.spec.act_dtype) for p in model.params)
+        weights[precision] = nbytes
+        tokens[precision] = _bounds(nbytes, model.spec, bandwidth)
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        "layout": checkpoint.layout,
+        **_dimensions(spec),
+        "parameters": sum(info.numel for info in checkpoint.tensors.values()),
+        "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
+        "tensors": len(checkpoint.tensors),
+        "file_bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "weight_bytes": weights,
+        "state_bytes": spec.state_nbytes,
+        "tokens_per_second_bound": tokens,
+    }
+
+
+def _describe_artifact(path: Path, bandwidth: float | None) -> dict[str, Any]:
+    artifact = Artifact.open(path)
+    manifest, spec = artifact.manifest, artifact.manifest.spec
+    nbytes = manifest.files[WEIGHTS].nbytes
+    return {
+        "kind": "artifact",
+        "path": str(path),
+        **_dimensions(spec),
+        "precision": spec.precision,
+        "batch": spec.batch if spec.batch is not None else "dynamic",
+        "parameters": manifest.source.get("parameters"),
+        "source": dict(manifest.source),
+        "weight_bytes": {spec.precision: nbytes},
+        "state_bytes": spec.state_nbytes,
+        "graphs": [
+            {"file": g.file, "kind": g.kind, "tokens": g.tokens, "target": g.target, "nodes": g.nodes, "wkv": g.wkv}
+            for g in manifest.graphs
+        ],
+        "tokenizer": manifest.tokenizer["kind"] if manifest.tokenizer else None,
+        "model_hash": manifest.model_hash,
+        "tools": dict(manifest.tools),
+        "warnings": list(manifest.warnings),
+        "tokens_per_second_bound": {spec.precision: _bounds(nbytes, spec, bandwidth)},
+    }
+
+
+def _dimensions(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "version": spec.version,
+        "layers": spec.n_layer,
+        "width": spec.n_embd,
+        "attention_width": spec.n_att,
+        "ffn_width": spec.n_ffn,
+        "heads": spec.n_head,
+        "head_size": spec.head_size,
+        "vocabulary": spec.vocab_size,
+        **spec.extra,
+    }
+
+
+def _bounds(weight_bytes: int, spec: ModelSpec, bandwidth: float | None) -> dict[str, float]:
+    table = math.prod((spec.vocab_size, spec.n_embd)) * ITEM_SIZE[spec.act_dtype]
+    nbytes = bytes_per_token(weight_bytes, table, spec.vocab_size, spec.state_nbytes)
+    places = DEVICES | ({"this machine": bandwidth} if bandwidth else {})
+    return {name: round(tokens_per_second(nbytes, value), 1) for name, value in places.items()}

@@ -1,0 +1,1 @@
+"""From models to files: ONNX graphs and their weights."""

@@ -1,0 +1,1 @@
+"""RWKV versions, each written once against one vocabulary of operations."""

@@ -1,0 +1,160 @@
+"""RWKV-7 "Goose" (https://arxiv.org/abs/2503.14456).
+
+Reference: the `rwkv` package (0.8.32) and the formulas of the paper's section 4. What is easily got wrong: the group norm's
+eps is 64e-5 (1e-5 × 8²), layer 0 has no value residual, and S is [value, key].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rwkv_edge.models.architecture import Architecture
+from rwkv_edge.models.ops import Ops, V
+from rwkv_edge.models.params import Header, Param, by_head, linear, low_rank, norm, normed_embedding, stacked, vector
+from rwkv_edge.spec import ACT_DTYPE, ModelSpec, StateTensor
+
+HEAD_NORM_EPS = 64e-5
+DECAY_SCALE = -0.6065306597126334  # -exp(-0.5): keeps the decay w in (0.545, 1)
+
+KEEP_FLOAT = ("k_k", "k_a", "r_k", "ln", "mix", ".w0", ".w1", ".w2", ".a0", ".a1", ".a2", ".v0", ".v1", ".v2", "blocks.0.att.output")
+
+
+def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
+    """Dimensions from shapes alone.
+
+    Raises:
+        CheckpointError: a tensor is missing or has a shape that fits no model.
+    """
+    vocab_size, n_embd = header.matrix("emb.weight")
+    n_layer = header.n_layer()
+    n_head, head_size = header.matrix("blocks.0.att.r_k")
+    att = "blocks.0.att"
+    ranks = {f"rank_{x}": header.matrix(f"{att}.{x}1")[1] for x in "wag"}
+    if n_layer > 1:
+        ranks["rank_v"] = header.matrix("blocks.1.att.v1")[1]
+    act = ACT_DTYPE.get(precision, precision)
+    state = []
+    for i in range(n_layer):
+        state.append(StateTensor(f"att_shift.{i}", (n_embd,), act))
+        state.append(StateTensor(f"wkv.{i}", (n_head, head_size, head_size), "float32"))
+        state.append(StateTensor(f"ffn_shift.{i}", (n_embd,), act))
+    return ModelSpec(
+        version="7",
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_att=header.matrix(f"{att}.key.weight")[0],
+        n_ffn=header.matrix("blocks.0.ffn.key.weight")[0],
+        n_head=n_head,
+        head_size=head_size,
+        vocab_size=vocab_size,
+        precision=precision,
+        batch=batch,
+        state=tuple(state),
+        extra=ranks,
+    )
+
+
+def params(header: Header, spec: ModelSpec) -> list[Param]:
+    """All parameters in the order in which a step reads them."""
+    found = [normed_embedding(header, "emb", spec.vocab_size, spec.n_embd)]
+    for i in range(spec.n_layer):
+        found += _att_params(header, spec, i) + _ffn_params(header, spec, i)
+    found += norm(header, "ln_out", "ln_out", spec.n_embd)
+    found.append(linear(header, "head", "head.weight", spec.n_embd, spec.vocab_size))
+    return found
+
+
+def _att_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
+    width, inner = spec.n_embd, spec.n_att
+    att = f"blocks.{i}.att"
+    found = norm(header, f"blocks.{i}.ln1", f"blocks.{i}.ln1", width)
+    found.append(stacked(header, f"{att}.mix", [f"{att}.x_{x}" for x in "rwkvag"], width))
+    found += [linear(header, f"{att}.{x}", f"{att}.{x}.weight", width, inner) for x in ("receptance", "key", "value")]
+    for x in "wavg" if i > 0 else "wag":
+        rank = header.matrix(f"{att}.{x}1")[1]
+        found.append(low_rank(header, f"{att}.{x}1", f"{att}.{x}1", width, rank))
+        found.append(low_rank(header, f"{att}.{x}2", f"{att}.{x}2", rank, inner))
+    found.append(vector(header, f"{att}.w0", f"{att}.w0", (inner,), "float32"))
+    found += [vector(header, f"{att}.{x}0", f"{att}.{x}0", (inner,)) for x in ("av" if i > 0 else "a")]
+    for name in ("k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias"):
+        found.append(by_head(header, f"{att}.{name}", f"{att}.{name}", spec.n_head, spec.head_size))
+    found.append(linear(header, f"{att}.output", f"{att}.output.weight", inner, width))
+    return found
+
+
+def _ffn_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
+    ffn = f"blocks.{i}.ffn"
+    return [
+        *norm(header, f"blocks.{i}.ln2", f"blocks.{i}.ln2", spec.n_embd),
+        stacked(header, f"{ffn}.mix", [f"{ffn}.x_k"], spec.n_embd),
+        linear(header, f"{ffn}.key", f"{ffn}.key.weight", spec.n_embd, spec.n_ffn),
+        linear(header, f"{ffn}.value", f"{ffn}.value.weight", spec.n_ffn, spec.n_embd),
+    ]
+
+
+def step(ops: Ops[V], spec: ModelSpec, tokens: V, state: Mapping[str, V]) -> tuple[V, dict[str, V]]:
+    """Feed one token, or a sequence, to every stream.
+
+    Args:
+        ops: the interpreter.
+        spec: from `describe`.
+        tokens: [R] int64.
+        state: by name, each [B, …].
+
+    Returns:
+        logits [B, V] float32 after the last token, and the new state.
+    """
+    x = ops.embed("emb", tokens)
+    after: dict[str, V] = {}
+    v_first: V | None = None
+    for i in range(spec.n_layer):
+        update, v_first = time_mix(ops, i, x, v_first, state, after)
+        x = ops.residual(x, update)
+        x = ops.residual(x, channel_mix(ops, i, x, state, after))
+    x = ops.layer_norm(ops.last_row(x), "ln_out")
+    return ops.fp32(ops.linear(x, "head")), after
+
+
+def time_mix(
+    ops: Ops[V], i: int, x: V, v_first: V | None, state: Mapping[str, V], after: dict[str, V]
+) -> tuple[V, V]:
+    """The attention-like half of block ``i``: its update [R, D], and the value of layer 0."""
+    att = f"blocks.{i}.att"
+    x = ops.layer_norm(x, f"blocks.{i}.ln1")
+    before, after[f"att_shift.{i}"] = ops.token_shift(x, state[f"att_shift.{i}"])
+    x_r, x_w, x_k, x_v, x_a, x_g = ops.mix(x, before - x, f"{att}.mix", 6)
+
+    decay = ops.fp32(ops.linear(ops.tanh(ops.linear(x_w, f"{att}.w1")), f"{att}.w2")) + ops.param(f"{att}.w0")
+    decay_log = ops.sigmoid(decay) * DECAY_SCALE
+    rate = ops.sigmoid(ops.linear(ops.linear(x_a, f"{att}.a1"), f"{att}.a2") + ops.param(f"{att}.a0"))
+    gate = ops.linear(ops.sigmoid(ops.linear(x_g, f"{att}.g1")), f"{att}.g2")
+    value = ops.linear(x_v, f"{att}.value")
+    if v_first is None:
+        v_first = value
+    else:
+        blend = ops.sigmoid(ops.linear(ops.linear(x_v, f"{att}.v1"), f"{att}.v2") + ops.param(f"{att}.v0"))
+        value = value + (v_first - value) * blend
+
+    # From here to the gate everything is [R, H, N] in float32, in every precision: its error would feed the state.
+    r = ops.fp32(ops.heads(ops.linear(x_r, f"{att}.receptance")))
+    k = ops.fp32(ops.heads(ops.linear(x_k, f"{att}.key")))
+    v = ops.fp32(ops.heads(value))
+    a = ops.fp32(ops.heads(rate))
+    kk = ops.normalize(k * ops.param(f"{att}.k_k"))
+    k = k * ((a - 1.0) * ops.param(f"{att}.k_a") + 1.0)
+    y, after[f"wkv.{i}"] = ops.wkv7(state[f"wkv.{i}"], r, ops.heads(decay_log), k, v, kk, a)
+    y = ops.head_norm(y, HEAD_NORM_EPS) * ops.param(f"{att}.ln_x.weight") + ops.param(f"{att}.ln_x.bias")
+    y = y + ops.head_sum(r * k * ops.param(f"{att}.r_k")) * v
+    return ops.linear(ops.merge_heads(ops.act(y) * ops.heads(gate)), f"{att}.output"), v_first
+
+
+def channel_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[str, V]) -> V:
+    """The feed-forward half of block ``i``: its update [R, D]."""
+    ffn = f"blocks.{i}.ffn"
+    x = ops.layer_norm(x, f"blocks.{i}.ln2")
+    before, after[f"ffn_shift.{i}"] = ops.token_shift(x, state[f"ffn_shift.{i}"])
+    (x_k,) = ops.mix(x, before - x, f"{ffn}.mix", 1)
+    return ops.linear(ops.relu_squared(ops.linear(x_k, f"{ffn}.key")), f"{ffn}.value")
+
+
+ARCHITECTURE = Architecture("7", describe, params, step, KEEP_FLOAT)

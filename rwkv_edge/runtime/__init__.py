@@ -1,0 +1,1 @@
+"""What runs on the device: sessions, sampling and the step loop. Imports numpy and the chosen backend, nothing else."""

@@ -1,0 +1,201 @@
+"""What every backend offers: open an artifact, feed tokens, keep the state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from rwkv_edge.artifact import Artifact
+from rwkv_edge.errors import InputError, SessionError, StateError
+from rwkv_edge.spec import ModelSpec, float32_from_stored, stored_from_float32
+
+BACKENDS = ("auto", "onnxruntime")
+
+
+class State(Protocol):
+    """The memory of ``batch`` streams, owned by the session that made it and kept where that session computes."""
+
+    @property
+    def batch(self) -> int:
+        """Number of streams."""
+        ...
+
+
+S = TypeVar("S", bound=State)
+
+
+class Session(Protocol[S]):
+    """A model that is ready to run."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Dimensions, state tensors, precision."""
+        ...
+
+    @property
+    def model_hash(self) -> str | None:
+        """sha256 of the weights, to which states belong; None for a graph that was opened without its manifest."""
+        ...
+
+    def initial_state(self, batch: int = 1) -> S:
+        """The state before the first token.
+
+        Raises:
+            InputError: the graphs were exported for another batch size.
+        """
+        ...
+
+    def step(self, tokens: Sequence[int] | np.ndarray, state: S) -> np.ndarray:
+        """Feed one token to each stream.
+
+        Args:
+            tokens: [B] integers below the vocabulary size.
+            state: advanced in place.
+
+        Returns:
+            Logits [B, V] float32, a new array.
+
+        Raises:
+            InputError: a token outside the vocabulary, or another number of tokens than streams.
+        """
+        ...
+
+    def prefill(self, tokens: Sequence[Sequence[int]] | np.ndarray, state: S) -> np.ndarray:
+        """Feed tokens [B, T ≥ 1] to each stream; returns the logits [B, V] float32 after the last."""
+        ...
+
+    def copy_state(self, state: S) -> S:
+        """An independent copy: the fork of a stream."""
+        ...
+
+    def export_state(self, state: S) -> dict[str, np.ndarray]:
+        """Copies of the state tensors by name, each [B, …]; bfloat16 ones as float32."""
+        ...
+
+    def import_state(self, arrays: Mapping[str, np.ndarray]) -> S:
+        """A state with these values.
+
+        Raises:
+            StateError: a tensor is missing, unknown, of another shape, or holds NaN.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the backend's memory; the session and its states cannot be used after it."""
+        ...
+
+
+def open_session(
+    path: str | Path,
+    backend: str = "auto",
+    providers: Sequence[str] | None = None,
+    threads: int = 0,
+    check_content: bool = True,
+) -> Session[State]:
+    """Open an artifact folder, or a bare ``step.onnx`` that lies beside its weights.
+
+    Args:
+        path: the folder that ``rwkv-edge export`` wrote, or an ``.onnx`` file of it.
+        backend: 'onnxruntime', or 'auto' to take what is installed.
+        providers: execution providers of ONNX Runtime, in order; the CPU's where none is named.
+        threads: compute threads; 0 leaves the choice to the backend.
+        check_content: compare the files' sha256 with the manifest while they load.
+
+    Raises:
+        ArtifactError: the artifact is incomplete or damaged.
+        SessionError: the backend cannot open the graph, or a provider is not available.
+        MissingDependencyError: the backend is not installed.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not '{backend}'")
+    if threads < 0:
+        raise InputError(f"threads must be 0 (automatic) or more, not {threads}")
+    from rwkv_edge.runtime.onnxruntime import OrtSession, session_from_graph
+
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return session_from_graph(path, providers, threads)
+    return OrtSession(Artifact.open(path), providers, threads, check_content)
+
+
+def spec_from_metadata(text: str | None, path: Path) -> ModelSpec:
+    """The spec that a graph carries in its metadata.
+
+    Raises:
+        SessionError: the graph carries none.
+    """
+    if not text:
+        raise SessionError(f"{path} does not describe itself, so it was not exported by rwkv-edge; export it again")
+    try:
+        return ModelSpec.from_json(json.loads(text))
+    except ValueError as error:
+        raise SessionError(f"{path} has damaged metadata ({error}); export it again") from error
+
+
+def checked_tokens(tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, ndim: int, batch: int, spec: ModelSpec) -> np.ndarray:
+    """Tokens as int64 of ``ndim`` axes, the first of them ``batch`` long.
+
+    Raises:
+        InputError: not integers, another shape, or a token outside the vocabulary.
+    """
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise InputError(f"tokens must be a rectangular array of integers: {error}") from error
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"tokens must be integers, not {array.dtype}")
+    if array.ndim != ndim or array.shape[0] != batch or array.size == 0:
+        expected = f"[{batch}]" if ndim == 1 else f"[{batch}, T ≥ 1]"
+        raise InputError(f"tokens have shape {list(array.shape)}, expected {expected} for a state of {batch} streams")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= spec.vocab_size:
+        raise InputError(f"token {low if low < 0 else high} is outside the vocabulary of {spec.vocab_size}")
+    return array.astype(np.int64, copy=False)
+
+
+def checked_batch(batch: int, spec: ModelSpec) -> int:
+    """``batch``, if the graphs take it.
+
+    Raises:
+        InputError: they were exported for another number of streams.
+    """
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, not {batch}")
+    if spec.batch is not None and batch != spec.batch:
+        raise InputError(f"the model was exported for batch {spec.batch}, not {batch}; export it with --batch dynamic")
+    return batch
+
+
+def named_from_stored(stored: Mapping[str, np.ndarray], spec: ModelSpec) -> dict[str, np.ndarray]:
+    """Copies of stored state tensors as numpy floats, bfloat16 widened to float32."""
+    return {
+        t.name: float32_from_stored(stored[t.name], t.dtype) if t.dtype == "bfloat16" else stored[t.name].copy()
+        for t in spec.state
+    }
+
+
+def stored_from_named(arrays: Mapping[str, np.ndarray], spec: ModelSpec) -> dict[str, np.ndarray]:
+    """Checked state tensors [B, …] in the dtypes that the graphs take.
+
+    Raises:
+        StateError: a tensor is missing, unknown, of another shape, or holds NaN.
+    """
+    names = {t.name for t in spec.state}
+    if names != set(arrays):
+        odd = sorted(names ^ set(arrays))[0]
+        problem = f"lacks '{odd}'" if odd in names else f"has '{odd}', which the model does not know"
+        raise StateError(f"the state is of another model: it {problem}")
+    stored: dict[str, np.ndarray] = {}
+    batch = int(np.shape(arrays[spec.state[0].name])[0]) if np.ndim(arrays[spec.state[0].name]) else 0
+    for t in spec.state:
+        array = np.asarray(arrays[t.name])
+        if array.shape != (batch, *t.shape) or batch < 1:
+            raise StateError(f"state tensor '{t.name}' has shape {list(array.shape)}, expected [B, {str(list(t.shape))[1:]}")
+        if array.dtype.kind != "f" or np.isnan(array).any():
+            raise StateError(f"state tensor '{t.name}' holds NaN or no floats; the snapshot is not usable")
+        stored[t.name] = np.ascontiguousarray(stored_from_float32(array, t.dtype))
+    return stored
