@@ -1,7 +1,7 @@
 """The exported folder: what is in it, how it is written so that no half of it can be opened, and how it is checked.
 
-An artifact holds ``step.onnx``, ``weights.bin``, ``manifest.json`` and the tokenizer's file. The manifest is written last
-into a folder of another name, which is then renamed: an export that was killed leaves nothing that opens.
+An artifact holds ``step.onnx``, ``weights.bin``, ``manifest.json`` and the tokenizer's file. The manifest is
+written last into a folder of another name, which is then renamed: an export that was killed leaves nothing that opens.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class FileEntry:
 class GraphEntry:
     """One graph: its file, how many nodes it has, and what it is for.
 
-    ``kind`` is 'step' (one token) or 'prefill'; ``tokens`` its sequence length; ``target`` is 'any', or 'cpu' for the form with widened
-    weights that a CPU without bfloat16 arithmetic runs.
+    ``kind`` is 'step' (one token) or 'prefill'; ``tokens`` its sequence length; ``target`` is 'any', 'gpu', or 'cpu'
+    for the form with widened weights that a CPU without bfloat16 arithmetic runs.
     """
 
     file: str
@@ -136,7 +136,9 @@ class Artifact:
         try:
             data = json.loads(manifest_path.read_bytes())
         except FileNotFoundError as error:
-            raise ArtifactError(f"{path} has no {MANIFEST}; an artifact is the folder that 'rwkv-edge export' wrote") from error
+            raise ArtifactError(
+                f"{path} has no {MANIFEST}; an artifact is the folder that 'rwkv-edge export' wrote"
+            ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{manifest_path} cannot be read ({error}); export the checkpoint again") from error
         artifact = cls(path, Manifest.from_json(data, manifest_path))
@@ -148,7 +150,9 @@ class Artifact:
         try:
             size = (self.path / name).stat().st_size
         except OSError as error:
-            raise ArtifactError(f"{self.path / name} is missing ({error.strerror}); export the checkpoint again") from error
+            raise ArtifactError(
+                f"{self.path / name} is missing ({error.strerror}); export the checkpoint again"
+            ) from error
         if size != entry.nbytes:
             raise ArtifactError(
                 f"{self.path / name} has {size} bytes, expected {entry.nbytes}: it was cut or replaced; export again"
@@ -168,9 +172,9 @@ class Artifact:
             except OSError as error:
                 raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror}") from error
             if found != self.manifest.files[name].sha256:
+                hashes = f"sha256 {found[:12]}…, expected {self.manifest.files[name].sha256[:12]}…"
                 raise ArtifactError(
-                    f"{self.path / name} is not the file that was exported "
-                    f"(sha256 {found[:12]}…, expected {self.manifest.files[name].sha256[:12]}…); export the checkpoint again"
+                    f"{self.path / name} is not the file that was exported ({hashes}); export the checkpoint again"
                 )
 
     def graph(self, kind: str, target: str) -> GraphEntry:
@@ -245,11 +249,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _check_target(target: Path) -> None:
     try:
-        occupied = target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).exists()))
+        occupied = target.exists() and not (
+            target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).exists())
+        )
     except OSError as error:
         raise ArtifactError(f"{target} cannot be written: {error.strerror}") from error
     if occupied:
-        raise ArtifactError(f"{target} exists and is not an artifact, so it is left alone; choose another folder with -o")
+        raise ArtifactError(
+            f"{target} exists and is not an artifact, so it is left alone; choose another folder with -o"
+        )
 
 
 def _remove_leftovers(target: Path) -> None:

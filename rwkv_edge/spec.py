@@ -66,8 +66,8 @@ class StateTensor:
 class ModelSpec:
     """Dimensions and state of one exported model; the contract between exporter, calibration and runtime.
 
-    ``batch`` is the fixed batch size of the graphs, or None where it is dynamic. ``extra`` holds dimensions that only one
-    version has (LoRA ranks, say).
+    ``batch`` is the fixed batch size of the graphs, or None where it is dynamic. ``extra`` holds dimensions that only
+    one version has (LoRA ranks, say).
     """
 
     version: str

@@ -60,7 +60,8 @@ def _kind_of(path: Path) -> str:
     expected = _SUFFIXES.get(path.suffix.lower())
     if expected is None:
         raise CheckpointError(
-            f"{path} should end in {', '.join(_SUFFIXES)}, but ends in '{path.suffix}'; its content is {_describe(head, size)}"
+            f"{path} should end in {', '.join(_SUFFIXES)}, but ends in '{path.suffix}'; "
+            f"its content is {_describe(head, size)}"
         )
     if _sniff(head, size) != expected:
         raise CheckpointError(f"{path} should be {_NAMES[expected]}, but is {_describe(head, size)}")

@@ -24,7 +24,8 @@ class PthCheckpoint:
         """Maps the file; reads no weight.
 
         Raises:
-            CheckpointError: not a zip of ``torch.save``, cut off, holds code, or holds something else than named tensors.
+            CheckpointError: not a zip of ``torch.save``, cut off, holds code, or holds something else than named
+            tensors.
         """
         self.path = path
         _check_zip(path)

@@ -1,7 +1,8 @@
 """Checkpoints in safetensors files, mapped lazily.
 
 The header is parsed here (8 bytes of length, JSON, data; https://github.com/huggingface/safetensors#format) rather than
-by the library, because `info` must describe a file without torch, and because every offset is checked before the mapping.
+by the library, because `info` must describe a file without torch, and because every offset is checked before the
+mapping.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, int], dict[str, 
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{path} is cut off: its header should take {length} bytes; copy or download it again")
+            raise CheckpointError(
+                f"{path} is cut off: its header should take {length} bytes; copy or download it again"
+            )
         raw = file.read(length)
     try:
         header = json.loads(raw)

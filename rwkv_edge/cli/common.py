@@ -28,7 +28,7 @@ def session_options(function: F) -> F:
     )(function)  # fmt: skip
 
 
-class Batch(click.ParamType):
+class Batch(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
     """A number of streams, or 'dynamic'."""
 
     name = "N|dynamic"
@@ -62,15 +62,27 @@ def size(nbytes: float) -> str:
 
 @contextlib.contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A progress bar of bytes on stderr, drawn on a terminal only; yields what `export_checkpoint` takes as progress."""
+    """A progress bar of bytes on stderr, drawn on a terminal only; yields what `export_checkpoint` takes."""
     with contextlib.ExitStack() as stack:
 
         def start(total: int) -> Callable[[int], None]:
-            bar = click.progressbar(
-                length=total, label=label, file=sys.stderr, update_min_steps=max(1, total // 200),
-                item_show_func=lambda _: f"{size(bar.pos)} of {size(total)}", hidden=not sys.stderr.isatty(),
-            )  # fmt: skip
-            return stack.enter_context(bar).update
+            steps = max(1, total // 200)
+            hidden = not sys.stderr.isatty()
+            bar = stack.enter_context(
+                click.progressbar(
+                    length=total,
+                    label=f"{label} ({size(total)})",
+                    file=sys.stderr,
+                    update_min_steps=steps,
+                    show_pos=False,
+                    hidden=hidden,
+                )
+            )
+
+            def update(nbytes: int) -> None:
+                bar.update(nbytes)
+
+            return update
 
         yield start
 
@@ -88,4 +100,5 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; convert it first") from error
+        where = f"byte {raw[error.start]:#04x} at offset {error.start}"
+        raise InputError(f"{name} is not UTF-8: {where}; convert it first") from error

@@ -71,5 +71,5 @@ def _utf8(prompt: str) -> str:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"the prompt is not UTF-8 (character {error.start}); convert it, or pass it by a file: - < FILE") from error
+        raise InputError(f"the prompt is not UTF-8 (character {error.start}); convert it to UTF-8") from error
     return prompt

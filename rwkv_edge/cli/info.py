@@ -58,6 +58,8 @@ def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
 def _artifact_lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"  precision    {facts['precision']}, batch {facts['batch']}, tokenizer {facts['tokenizer'] or 'none'}"]
     for graph in facts["graphs"]:
-        lines.append(f"  graph        {graph['file']}: {graph['nodes']} nodes, wkv {graph['wkv']}, for {graph['target']}")
+        lines.append(
+            f"  graph        {graph['file']}: {graph['nodes']} nodes, wkv {graph['wkv']}, for {graph['target']}"
+        )
     lines.append(f"  source       {facts['source'].get('file')} ({facts['source'].get('layout')})")
     return lines + [f"  warning      {warning}" for warning in facts["warnings"]]

@@ -11,7 +11,7 @@ import torch
 
 from rwkv_edge.errors import InputError, VerificationError
 from rwkv_edge.models.torch_ops import TorchModel
-from rwkv_edge.runtime.session import Session, State
+from rwkv_edge.runtime.session import Session
 from rwkv_edge.spec import ModelSpec
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
@@ -19,7 +19,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 
 SAMPLE_TEXT = (
     "The harbour lay still before dawn. A single lamp burned at the end of the pier, where an old man mended his nets "
-    "and counted: one, two, three, 42, 1.618. \"Who goes there?\" he called. Nobody answered; only the water did, "
+    'and counted: one, two, three, 42, 1.618. "Who goes there?" he called. Nobody answered; only the water did, '
     "patiently, as it had done for a thousand years. Über den Wolken... 你好, мир! def f(x): return x ** 2\n\n"
 )
 """What `verify` feeds where no text is given: prose, digits, punctuation, several scripts, code."""
@@ -72,7 +72,7 @@ class ParityReport:
 
 
 def compare_with_reference(
-    session: Session[State], reference: TorchModel, tokens: np.ndarray, tolerance: float | None = None
+    session: Session[Any], reference: TorchModel, tokens: np.ndarray, tolerance: float | None = None
 ) -> ParityReport:
     """Feed the same tokens to both, one at a time, each from its initial state.
 
@@ -137,7 +137,9 @@ def tokens_for_streams(ids: list[int], batch: int, length: int, vocab_size: int)
     if not ids:
         raise InputError("the text has no tokens to compare")
     if max(ids) >= vocab_size:
-        raise InputError(f"token {max(ids)} is outside the model's vocabulary of {vocab_size}; is the tokenizer the right one?")
+        raise InputError(
+            f"token {max(ids)} is outside the model's vocabulary of {vocab_size}; is it the right tokenizer?"
+        )
     endless = np.resize(np.asarray(ids, np.int64), length + batch)
     return np.stack([endless[b : b + length] for b in range(batch)])
 
@@ -162,4 +164,5 @@ def _kl_divergence(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result

@@ -1,4 +1,5 @@
-"""Random checkpoints in the official key names: for parity tests, and for benchmarks of shapes whose weights are not at hand.
+"""Random checkpoints in the official key names: for parity tests, and for benchmarks of shapes whose weights are not
+at hand.
 
 The magnitudes are chosen so that every part of a model matters: decays spread over their range, low-rank parts and the
 feed-forward output are not near zero, and activations stay of order one over long sequences.

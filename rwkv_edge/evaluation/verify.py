@@ -50,7 +50,9 @@ def verify_artifact(
         if artifact.manifest.tokenizer is None:
             ids = [int(t) for t in np.random.default_rng(TOKEN_SEED).integers(0, spec.vocab_size, length)]
         else:
-            ids = load_tokenizer(artifact_path, artifact.manifest.tokenizer).encode(text if text is not None else SAMPLE_TEXT)
+            ids = load_tokenizer(artifact_path, artifact.manifest.tokenizer).encode(
+                text if text is not None else SAMPLE_TEXT
+            )
         tokens = tokens_for_streams(ids, spec.batch or DYNAMIC_STREAMS, length, spec.vocab_size)
         return compare_with_reference(session, reference, tokens, tolerance)
     finally:

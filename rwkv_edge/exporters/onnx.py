@@ -108,9 +108,7 @@ def onnx_from_model(model: Model, layout: WeightLayout, wkv: str, widen: bool = 
     tracer = Tracer(builder, spec, layout, wkv, compute="float32" if widen else None)
     batch = spec.batch if spec.batch is not None else "batch"
     token = tracer.symbol(builder.input("token", ir.DataType.INT64, [batch]))
-    state = {
-        t.name: tracer.symbol(builder.input(t.name, DATA_TYPES[t.dtype], [batch, *t.shape])) for t in spec.state
-    }
+    state = {t.name: tracer.symbol(builder.input(t.name, DATA_TYPES[t.dtype], [batch, *t.shape])) for t in spec.state}
     inner = {name: tracer.act(value) if widen else value for name, value in state.items()}
     logits, after = model.architecture.step(tracer, spec, token, inner)
     _output(tracer, "logits", logits, ir.DataType.FLOAT, [batch, spec.vocab_size])

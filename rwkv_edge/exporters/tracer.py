@@ -1,8 +1,8 @@
 """The vocabulary as an ONNX graph: symbolic values that record nodes.
 
-The forms chosen here are measured (ONNX Runtime on CPU): residual additions are `Sum`, which no optimizer fuses into a Gemm
-that unpacks its weight at every step; the recurrence is a rank-2 update; token-shift mixes are one multiply-add and a `Split`;
-group norm is LayerNormalization over each head.
+The forms chosen here are measured (ONNX Runtime on CPU): residual additions are `Sum`, which no optimizer fuses into a
+Gemm that unpacks its weight at every step; the recurrence is a rank-2 update; token-shift mixes are one multiply-add
+and a `Split`; group norm is LayerNormalization over each head.
 """
 
 from __future__ import annotations
@@ -76,7 +76,12 @@ class Tracer:
     """
 
     def __init__(
-        self, builder: GraphBuilder, spec: ModelSpec, layout: WeightLayout, wkv: str = "inline", compute: str | None = None
+        self,
+        builder: GraphBuilder,
+        spec: ModelSpec,
+        layout: WeightLayout,
+        wkv: str = "inline",
+        compute: str | None = None,
     ) -> None:
         self.builder = builder
         self.op: Any = builder.op

@@ -64,10 +64,13 @@ class _Sink:
         return self._digest.hexdigest()
 
 
-def write_weights(layout: WeightLayout, checkpoint: Checkpoint, path: Path, progress: Progress) -> tuple[str, list[str]]:
+def write_weights(
+    layout: WeightLayout, checkpoint: Checkpoint, path: Path, progress: Progress
+) -> tuple[str, list[str]]:
     """Stream all parameters into one file.
 
-    Memory stays near the largest stored tensor: sources are mapped, converted in chunks, written, and their pages dropped.
+    Memory stays near the largest stored tensor: sources are mapped, converted in chunks, written, and their pages
+    dropped.
 
     Args:
         layout: places and dtypes.
@@ -116,7 +119,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     import torch
 
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type, unused-ignore]
 
 
 def _is_finite(chunk: torch.Tensor) -> bool:

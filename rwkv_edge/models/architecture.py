@@ -14,9 +14,9 @@ from rwkv_edge.spec import ModelSpec
 class StepFunction(Protocol):
     """The step of a version; see `rwkv_edge.models.v7.step`."""
 
-    def __call__(
-        self, ops: Ops[V], spec: ModelSpec, tokens: V, state: Mapping[str, V], /
-    ) -> tuple[V, dict[str, V]]: ...
+    def __call__(self, ops: Ops[V], spec: ModelSpec, tokens: V, state: Mapping[str, V], /) -> tuple[V, dict[str, V]]:
+        """Logits after the last token, and the new state."""
+        ...
 
 
 @dataclass(frozen=True)

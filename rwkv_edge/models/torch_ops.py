@@ -57,7 +57,7 @@ class TorchOps:
     def mix(self, x: torch.Tensor, delta: torch.Tensor, name: str, count: int) -> tuple[torch.Tensor, ...]:
         """x + delta∘μ_i."""
         mixed = x + delta * self._params[name]
-        return mixed.split(1, dim=0) if count > 1 else (mixed,)
+        return tuple(mixed[i : i + 1] for i in range(count)) if count > 1 else (mixed,)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """[..., R, D] → [R, H, N]."""

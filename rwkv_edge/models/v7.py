@@ -1,7 +1,7 @@
 """RWKV-7 "Goose" (https://arxiv.org/abs/2503.14456).
 
-Reference: the `rwkv` package (0.8.32) and the formulas of the paper's section 4. What is easily got wrong: the group norm's
-eps is 64e-5 (1e-5 × 8²), layer 0 has no value residual, and S is [value, key].
+Reference: the `rwkv` package (0.8.32) and the formulas of the paper's section 4. What is easily got wrong: the group
+norm's eps is 64e-5 (1e-5 × 8²), layer 0 has no value residual, and S is [value, key].
 """
 
 from __future__ import annotations
@@ -16,7 +16,23 @@ from rwkv_edge.spec import ACT_DTYPE, ModelSpec, StateTensor
 HEAD_NORM_EPS = 64e-5
 DECAY_SCALE = -0.6065306597126334  # -exp(-0.5): keeps the decay w in (0.545, 1)
 
-KEEP_FLOAT = ("k_k", "k_a", "r_k", "ln", "mix", ".w0", ".w1", ".w2", ".a0", ".a1", ".a2", ".v0", ".v1", ".v2", "blocks.0.att.output")
+KEEP_FLOAT = (
+    "k_k",
+    "k_a",
+    "r_k",
+    "ln",
+    "mix",
+    ".w0",
+    ".w1",
+    ".w2",
+    ".a0",
+    ".a1",
+    ".a2",
+    ".v0",
+    ".v1",
+    ".v2",
+    "blocks.0.att.output",
+)
 
 
 def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
@@ -115,9 +131,7 @@ def step(ops: Ops[V], spec: ModelSpec, tokens: V, state: Mapping[str, V]) -> tup
     return ops.fp32(ops.linear(x, "head")), after
 
 
-def time_mix(
-    ops: Ops[V], i: int, x: V, v_first: V | None, state: Mapping[str, V], after: dict[str, V]
-) -> tuple[V, V]:
+def time_mix(ops: Ops[V], i: int, x: V, v_first: V | None, state: Mapping[str, V], after: dict[str, V]) -> tuple[V, V]:
     """The attention-like half of block ``i``: its update [R, D], and the value of layer 0."""
     att = f"blocks.{i}.att"
     x = ops.layer_norm(x, f"blocks.{i}.ln1")

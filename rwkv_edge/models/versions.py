@@ -61,7 +61,9 @@ def signature_of(tensors: Tensors, path: object) -> Signature:
         if signature.matches(tensors):
             return signature
     sample = ", ".join(sorted(tensors)[:3])
-    raise CheckpointError(f"{path} is not an RWKV checkpoint: expected names such as 'blocks.0.att.r_k', found {sample}")
+    raise CheckpointError(
+        f"{path} is not an RWKV checkpoint: expected names such as 'blocks.0.att.r_k', found {sample}"
+    )
 
 
 def architecture_of(tensors: Tensors, path: object) -> Architecture:
@@ -73,7 +75,9 @@ def architecture_of(tensors: Tensors, path: object) -> Architecture:
     """
     signature = signature_of(tensors, path)
     if signature.module is None:
-        raise UnsupportedVersionError(f"{path} is RWKV-{signature.version}, which cannot be exported: {signature.refusal}")
+        raise UnsupportedVersionError(
+            f"{path} is RWKV-{signature.version}, which cannot be exported: {signature.refusal}"
+        )
     architecture: Architecture = import_module(signature.module).ARCHITECTURE
     return architecture
 

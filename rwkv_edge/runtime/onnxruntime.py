@@ -31,7 +31,8 @@ _ONNX_TYPE = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # Tensor
 class OrtState:
     """Two sets of state tensors that take turns: a step reads one and writes the other.
 
-    The shift states must not share memory with their outputs: ONNX Runtime may write an output before it read the input.
+    The shift states must not share memory with their outputs: ONNX Runtime may write an output before it read the
+    input.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, spec: ModelSpec, stored: dict[str, np.ndarray]) -> None:
@@ -44,7 +45,11 @@ class OrtState:
         self._bindings = [self._binding(session, spec, self.sets[i], self.sets[1 - i]) for i in (0, 1)]
 
     def _binding(
-        self, session: onnxruntime.InferenceSession, spec: ModelSpec, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
+        self,
+        session: onnxruntime.InferenceSession,
+        spec: ModelSpec,
+        before: Mapping[str, np.ndarray],
+        after: Mapping[str, np.ndarray],
     ) -> Any:
         binding = session.io_binding()
         dtypes = {t.name: t.dtype for t in spec.state}
@@ -84,7 +89,8 @@ class OrtSession:
         """See `Session.initial_state`, as for all that follows."""
         checked_batch(batch, self.spec)
         stored = {
-            t.name: stored_from_float32(np.full((batch, *t.shape), t.fill, np.float32), t.dtype) for t in self.spec.state
+            t.name: stored_from_float32(np.full((batch, *t.shape), t.fill, np.float32), t.dtype)
+            for t in self.spec.state
         }
         return OrtState(self._session, self.spec, stored)
 
@@ -188,7 +194,9 @@ def _check_inputs(session: Any, spec: ModelSpec, path: Path) -> None:
         expected[t.name] = expected[f"{t.name}.out"] = (kinds[t.dtype], t.shape)
     if found != expected:
         odd = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
-        raise SessionError(f"{path} has '{odd}' as {found.get(odd)}, but its spec says {expected.get(odd)}; export it again")
+        raise SessionError(
+            f"{path} has '{odd}' as {found.get(odd)}, but its spec says {expected.get(odd)}; export it again"
+        )
     batch = session.get_inputs()[0].shape[0]
     if (batch if isinstance(batch, int) else None) != spec.batch:
         raise SessionError(f"{path} takes batch {batch}, but its spec says {spec.batch}; export it again")
@@ -213,5 +221,3 @@ class _ContentCheck:
         self._thread.join()
         if self._error is not None:
             raise self._error
-
-

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import TokenizerError
-from rwkv_edge.runtime.session import Session, State, open_session
+from rwkv_edge.runtime.session import Session, open_session
 from rwkv_edge.tokenizers import Tokenizer, load_tokenizer, tokenizer_for_vocabulary
 
 
@@ -16,7 +17,7 @@ from rwkv_edge.tokenizers import Tokenizer, load_tokenizer, tokenizer_for_vocabu
 class OpenModel:
     """A session and the tokenizer of the same artifact."""
 
-    session: Session[State]
+    session: Session[Any]
     tokenizer: Tokenizer
 
     def prompt_tokens(self, text: str) -> list[int]:

@@ -303,9 +303,9 @@ def _no_peak_message(logits: np.ndarray) -> str:
 
 
 def uncounted_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens of spaces, tabs and digits, and id 0: `PIPELINE` of the `rwkv` package never raises their counts.
+    """Tokens of spaces, tabs and digits, and ``eos_ids``: `PIPELINE` of the `rwkv` package never raises their counts.
 
-    They are the parts of the string ' \\t0123456789', which is how `PIPELINE.generate` tests for them.
+    They are the parts of the string ' \\t0123456789', the empty one included, as `PIPELINE.generate` tests for them.
     """
     run = " \t0123456789"
     parts = {run[start:end] for start in range(len(run)) for end in range(start + 1, len(run) + 1)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def open_session(
     providers: Sequence[str] | None = None,
     threads: int = 0,
     check_content: bool = True,
-) -> Session[State]:
+) -> Session[Any]:
     """Open an artifact folder, or a bare ``step.onnx`` that lies beside its weights.
 
     Args:
@@ -136,7 +136,9 @@ def spec_from_metadata(text: str | None, path: Path) -> ModelSpec:
         raise SessionError(f"{path} has damaged metadata ({error}); export it again") from error
 
 
-def checked_tokens(tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, ndim: int, batch: int, spec: ModelSpec) -> np.ndarray:
+def checked_tokens(
+    tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, ndim: int, batch: int, spec: ModelSpec
+) -> np.ndarray:
     """Tokens as int64 of ``ndim`` axes, the first of them ``batch`` long.
 
     Raises:
@@ -194,7 +196,8 @@ def stored_from_named(arrays: Mapping[str, np.ndarray], spec: ModelSpec) -> dict
     for t in spec.state:
         array = np.asarray(arrays[t.name])
         if array.shape != (batch, *t.shape) or batch < 1:
-            raise StateError(f"state tensor '{t.name}' has shape {list(array.shape)}, expected [B, {str(list(t.shape))[1:]}")
+            expected = f"[B, {', '.join(map(str, t.shape))}]"
+            raise StateError(f"state tensor '{t.name}' has shape {list(array.shape)}, expected {expected}")
         if array.dtype.kind != "f" or np.isnan(array).any():
             raise StateError(f"state tensor '{t.name}' holds NaN or no floats; the snapshot is not usable")
         stored[t.name] = np.ascontiguousarray(stored_from_float32(array, t.dtype))
