@@ -1,0 +1,29 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RWKV_JIT_ON", "1")
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The test models beside the checkout."""
+    folder = SHARED / "models"
+    if not folder.is_dir():
+        pytest.skip("../shared/models is absent")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_text() -> Path:
+    """The texts beside the checkout."""
+    folder = SHARED / "text"
+    if not folder.is_dir():
+        pytest.skip("../shared/text is absent")
+    return folder
