@@ -62,12 +62,24 @@ class StateTensor:
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
+def matrix_state(n_layer: int, n_embd: int, n_head: int, head_size: int, precision: str) -> tuple[StateTensor, ...]:
+    """The state of RWKV-5 to 7: two token shifts and a matrix per head in every layer."""
+    act = ACT_DTYPE.get(precision, precision)
+    tensors: list[StateTensor] = []
+    for i in range(n_layer):
+        tensors.append(StateTensor(f"att_shift.{i}", (n_embd,), act))
+        tensors.append(StateTensor(f"wkv.{i}", (n_head, head_size, head_size), "float32"))
+        tensors.append(StateTensor(f"ffn_shift.{i}", (n_embd,), act))
+    return tuple(tensors)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Dimensions and state of one exported model; the contract between exporter, calibration and runtime.
 
-    ``batch`` is the fixed batch size of the graphs, or None where it is dynamic. ``extra`` holds dimensions that only
-    one version has (LoRA ranks, say).
+    ``batch`` is the fixed batch size of the graphs, or None where it is dynamic. ``rescale``, where it is not 0, says that
+    the residual stream is halved after every so many layers, against overflow in fp16. ``extra`` holds dimensions that
+    only one version has (LoRA ranks, say).
     """
 
     version: str
@@ -82,10 +94,13 @@ class ModelSpec:
     batch: int | None
     state: tuple[StateTensor, ...]
     extra: Mapping[str, int] = field(default_factory=dict)
+    rescale: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not '{self.precision}'")
+        if self.rescale < 0:
+            raise InputError(f"rescale must be 0 (off) or a number of layers, not {self.rescale}")
         if self.batch is not None and self.batch < 1:
             raise InputError(f"batch must be at least 1 or dynamic, not {self.batch}")
 

@@ -37,15 +37,21 @@ def _module(switch: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    with _environment(switch), _quiet():
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _environment(switch: str) -> Any:
+    """The package reads its switches when it is imported and when a model is made."""
     before = dict(os.environ)
     os.environ.update({"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_DE_VERSION": "0", **_SWITCHES[switch]})
     try:
-        with _quiet():
-            spec.loader.exec_module(module)
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return module
 
 
 @contextlib.contextmanager
@@ -62,23 +68,21 @@ class Oracle:
         self._switch = version if version in ("7", "7a") else "4-6"
         self.version = version
         module = _module(self._switch)
-        self._environment = {"RWKV_CUDA_ON": "0", "RWKV_JIT_ON": "1"}
-        os.environ.update(self._environment)
-        with _quiet():
+        with _environment(self._switch), _quiet():
             self._model = module.RWKV(str(path.with_suffix("")), strategy)
 
     def steps(self, tokens: list[int], state: Any = None) -> tuple[np.ndarray, Any]:
         """Logits [T, V] of every token, one step each, and the package's state."""
         rows = []
         for token in tokens:
-            with _quiet():
+            with _environment(self._switch), _quiet():
                 logits, state = self._model.forward([token], state)
             rows.append(logits.float().numpy().copy())
         return np.stack(rows), state
 
     def sequence(self, tokens: list[int], state: Any = None) -> tuple[np.ndarray, Any]:
         """Logits [V] after the last token, in sequence mode, and the package's state."""
-        with _quiet():
+        with _environment(self._switch), _quiet():
             logits, state = self._model.forward(list(tokens), state)
         return logits.float().numpy().copy(), state
 

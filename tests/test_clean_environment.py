@@ -41,7 +41,9 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", f"{ROOT}[ort]"]
     done = subprocess.run(install, capture_output=True, text=True, timeout=600)
-    if done.returncode and any(word in done.stderr for word in ("NewConnectionError", "Temporary failure", "Max retries")):
+    if done.returncode and any(
+        word in done.stderr for word in ("NewConnectionError", "Temporary failure", "Max retries")
+    ):
         pytest.skip("no package index can be reached")
     assert done.returncode == 0, done.stderr
     return python
@@ -51,7 +53,10 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_artifact_runs_with_the_base_package_and_one_backend(bare_python: Path, tmp_path: Path) -> None:
     export_demo(tmp_path / "demo")
     done = subprocess.run(
-        [str(bare_python), "-W", "error", "-c", RUN, str(tmp_path / "demo")], capture_output=True, text=True, timeout=120
+        [str(bare_python), "-W", "error", "-c", RUN, str(tmp_path / "demo")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "ran without them", done.stderr
 

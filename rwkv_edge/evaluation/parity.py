@@ -17,6 +17,9 @@ from rwkv_edge.spec import ModelSpec
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
 """Largest |difference| of logits and of each state tensor, relative to the largest |reference|, by precision."""
 
+LEAST_NORMAL = 2.0**-14
+"""The smallest normal float16: state tensors below it have no relative precision to speak of, nor any effect."""
+
 SAMPLE_TEXT = (
     "The harbour lay still before dawn. A single lamp burned at the end of the pier, where an old man mended his nets "
     'and counted: one, two, three, 42, 1.618. "Who goes there?" he called. Nobody answered; only the water did, '
@@ -95,7 +98,8 @@ def compare_with_reference(
         found[t] = session.step(tokens[:, t], state)
         logits, expected_state = reference.forward(tokens[:, t : t + 1], expected_state)
         expected[t] = logits.float().numpy()
-    worst, worst_relative = _worst_tensor(session.export_state(state), expected_state)
+    least = LEAST_NORMAL if session.spec.precision == "fp16" else 1e-30
+    worst, worst_relative = _worst_tensor(session.export_state(state), expected_state, least)
     max_abs = float(np.abs(found - expected).max())
     relative = max_abs / max(float(np.abs(expected).max()), 1e-30)
     kl = _kl_divergence(expected, found)
@@ -144,12 +148,17 @@ def tokens_for_streams(ids: list[int], batch: int, length: int, vocab_size: int)
     return np.stack([endless[b : b + length] for b in range(batch)])
 
 
-def _worst_tensor(found: Mapping[str, np.ndarray], expected: Mapping[str, torch.Tensor]) -> tuple[str, float]:
-    """The state tensor with the largest |difference| relative to its largest |value|; NaN counts as infinite."""
+def _worst_tensor(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, torch.Tensor], least: float
+) -> tuple[str, float]:
+    """The state tensor with the largest |difference| relative to its largest |value|, which counts as at least ``least``.
+
+    NaN counts as infinite.
+    """
     differences = {}
     for name, tensor in expected.items():
         reference = tensor.double().numpy()
-        difference = np.abs(found[name] - reference).max() / max(np.abs(reference).max(), 1e-30)
+        difference = np.abs(found[name] - reference).max() / max(np.abs(reference).max(), least)
         differences[name] = float(difference) if np.isfinite(difference) else float("inf")
     worst = max(differences, key=differences.__getitem__)
     return worst, differences[worst]

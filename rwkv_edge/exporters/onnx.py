@@ -39,12 +39,16 @@ class ExportOptions:
         batch: streams per step; None for a dynamic axis.
         wkv: 'inline' for plain operators, 'function' for the local function ``rwkv::wkv7_step``.
         tokenizer: 'world', 'bytes', 'none', a path to tokenizer.json, or None to choose by the vocabulary size.
+        rescale: layers after which the residual stream is halved, 0 for never; None for 6 in fp16 of RWKV-4 to 6.
+        state: a tuned state to begin with, or None.
     """
 
     precision: str = "fp32"
     batch: int | None = 1
     wkv: str = "inline"
     tokenizer: str | None = None
+    rescale: int | None = None
+    state: Path | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -78,7 +82,7 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     target = Path(target)
-    model = model_from_checkpoint(checkpoint, options.precision, options.batch)
+    model = model_from_checkpoint(checkpoint, options.precision, options.batch, options.rescale)
     none = options.tokenizer == "none"
     tokenizer = None if none else tokenizer_for_vocabulary(model.spec.vocab_size, options.tokenizer)
     layout = WeightLayout(model.params, model.spec.act_dtype)

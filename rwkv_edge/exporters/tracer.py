@@ -7,7 +7,7 @@ and a `Split`; group norm is LayerNormalization over each head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, build_function
 
 from rwkv_edge.exporters.layout import WeightLayout
+from rwkv_edge.exporters.recurrences import wkv4_step, wkv6_step, wkv7_step
 from rwkv_edge.spec import ModelSpec
 
 OPSET = 21
@@ -183,34 +184,84 @@ class Tracer:
         """ReduceSum over N."""
         return self.symbol(self.op.ReduceSum(x.value, [-1], keepdims=1))
 
+    def wkv4(
+        self, state: tuple[Symbol, Symbol, Symbol], decay: Symbol, first: Symbol, k: Symbol, v: Symbol
+    ) -> tuple[Symbol, tuple[Symbol, Symbol, Symbol]]:
+        """One token of the recurrence."""
+        names = ("num", "den", "top", "w", "u", "k", "v")
+        y, num, den, top = self._lowered("wkv4_step", wkv4_step, names, [*state, decay, first, k, v], (5, 0, 1, 2))
+        return y, (num, den, top)
+
+    def wkv5(
+        self, state: Symbol, r: Symbol, decay_log: Symbol, first: Symbol, k: Symbol, v: Symbol
+    ) -> tuple[Symbol, Symbol]:
+        """One token of the recurrence."""
+        return self._wkv56("wkv5_step", state, r, decay_log, first, k, v)
+
+    def wkv6(
+        self, state: Symbol, r: Symbol, decay_log: Symbol, first: Symbol, k: Symbol, v: Symbol
+    ) -> tuple[Symbol, Symbol]:
+        """One token of the recurrence."""
+        return self._wkv56("wkv6_step", state, r, decay_log, first, k, v)
+
+    def _wkv56(
+        self, name: str, state: Symbol, r: Symbol, decay_log: Symbol, first: Symbol, k: Symbol, v: Symbol
+    ) -> tuple[Symbol, Symbol]:
+        inputs = [state, r, self.exp(decay_log), first, k, v]
+        y, after = self._lowered(name, wkv6_step, ("S", "r", "w", "u", "k", "v"), inputs, (1, 0))
+        return y, after
+
     def wkv7(
         self, state: Symbol, r: Symbol, decay_log: Symbol, k: Symbol, v: Symbol, kk: Symbol, a: Symbol
     ) -> tuple[Symbol, Symbol]:
         """One token of the recurrence."""
         inputs = [state, r, self.exp(decay_log), k, v, kk, a]
-        return self._lowered("wkv7_step", wkv7_step, ("S", "r", "w", "k", "v", "kk", "a"), inputs)
+        y, after = self._lowered("wkv7_step", wkv7_step, ("S", "r", "w", "k", "v", "kk", "a"), inputs, (1, 0))
+        return y, after
+
+    def mix_lora(self, x: Symbol, delta: Symbol, name: str, inner: Symbol, count: int) -> tuple[Symbol, ...]:
+        """One batched MatMul for all second halves, one multiply-add, then Split."""
+        rank = self._layout.placed[f"{name}.w2"].param.shape[1]
+        parts = self.op.Transpose(self._reshape(inner, [self._rows, count, rank]).value, perm=[1, 0, 2])
+        added = self.symbol(self.op.MatMul(parts, self.param(f"{name}.w2").value))
+        mixed = x + delta * (added + self.param(name))
+        split = self.op.Split(mixed.value, axis=0, num_outputs=count, _outputs=count)
+        return tuple(self.symbol(part) for part in split)
+
+    def token_matrix(self, x: Symbol, name: str, tokens: Symbol, rank: int) -> Symbol:
+        """Gather, and one batched MatMul."""
+        matrices = self._reshape(self.embed(name, tokens), [self._rows, rank, rank])
+        rows = self._reshape(x, [self._rows, 1, rank])
+        return self._reshape(self.symbol(self.op.MatMul(rows.value, matrices.value)), [self._rows, rank])
 
     def last_row(self, x: Symbol) -> Symbol:
         """One token: x itself."""
         return x
 
     def _lowered(
-        self, name: str, body: Callable[..., Sequence[ir.Value]], arguments: Sequence[str], inputs: Sequence[Symbol]
-    ) -> tuple[Symbol, Symbol]:
-        """``body`` in place, or as a call of a local function that holds it."""
+        self,
+        name: str,
+        body: Callable[..., tuple[ir.Value, ...]],
+        arguments: Sequence[str],
+        inputs: Sequence[Symbol],
+        like: Sequence[int],
+    ) -> tuple[Symbol, ...]:
+        """``body`` in place, or as a call of a local function that holds it.
+
+        ``like`` says of each output which input has its type and shape: the builder cannot infer through a function.
+        """
         values = [x.value for x in inputs]
         if self._wkv == "inline":
-            y, after = body(self.op, *values)
-            return self.symbol(y), self.symbol(after)
+            return tuple(self.symbol(value) for value in body(self.op, *values))
         if name not in self._functions:
             formal = [ir.Value(name=argument) for argument in arguments]
             self._functions[name] = build_function(
                 body, formal, domain=FUNCTION_DOMAIN, name=name, opset_imports={"": OPSET}
             )
-        y, after = self.builder.call(self._functions[name], *values, _outputs=2)
-        for value, like in ((y, values[1]), (after, values[0])):  # the builder cannot infer through a function
-            value.type, value.shape = like.type, like.shape
-        return self.symbol(y), self.symbol(after)
+        outputs = self.builder.call(self._functions[name], *values, _outputs=len(like))
+        for value, index in zip(outputs, like, strict=True):
+            value.type, value.shape = values[index].type, values[index].shape
+        return tuple(self.symbol(value) for value in outputs)
 
     def _cast(self, x: Symbol, dtype: ir.DataType) -> Symbol:
         return x if x.value.dtype == dtype else self.symbol(self.op.Cast(x.value, to=dtype))
@@ -223,31 +274,3 @@ class Tracer:
             tensor = ir.tensor(values, dtype=ir.DataType.FLOAT, name=name)
             self._params[name] = self.symbol(self.builder.initializer(tensor, name=name))
         return self._params[name].value
-
-
-def wkv7_step(
-    op: Any, state: ir.Value, r: ir.Value, w: ir.Value, k: ir.Value, v: ir.Value, kk: ir.Value, a: ir.Value
-) -> tuple[ir.Value, ir.Value]:
-    """S∘w + [S kk | v]·[−kk∘a ; k], the RWKV-7 update as one product of rank 2, and y = S r.
-
-    Args:
-        op: operators of opset 21.
-        state: S [B, H, N (value), N (key)] float32.
-        r: receptance [B, H, N] float32, as are the others.
-        w: decay.
-        k: key.
-        v: value.
-        kk: normalised removal key.
-        a: in-context learning rate.
-
-    Returns:
-        y [B, H, N] and the new S.
-    """
-    removed = op.MatMul(state, op.Unsqueeze(kk, [-1]))
-    columns = op.Concat(removed, op.Unsqueeze(v, [-1]), axis=-1)
-    rows = op.Concat(op.Unsqueeze(op.Neg(op.Mul(kk, a)), [-2]), op.Unsqueeze(k, [-2]), axis=-2)
-    after = op.Add(op.Mul(state, op.Unsqueeze(w, [-2])), op.MatMul(columns, rows))
-    return op.Squeeze(op.MatMul(after, op.Unsqueeze(r, [-1])), [-1]), after
-
-
-Bindings = Mapping[str, Symbol]

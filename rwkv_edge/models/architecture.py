@@ -29,6 +29,7 @@ class Architecture:
         params: header and spec → parameters.
         step: the model itself, for any interpreter.
         keep_float: parts of parameter names that quantization must leave alone.
+        fp16_rescale: layers after which the residual stream must be halved in float16; 0 for never.
     """
 
     version: str
@@ -36,3 +37,4 @@ class Architecture:
     params: Callable[[Header, ModelSpec], list[Param]]
     step: StepFunction
     keep_float: tuple[str, ...]
+    fp16_rescale: int = 0

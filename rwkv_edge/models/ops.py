@@ -11,8 +11,9 @@ A mixed value may carry a leading axis of 1, [1, R, D], which every operation ac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol, TypeVar
+
+from rwkv_edge.spec import ModelSpec
 
 
 class Value(Protocol):
@@ -131,10 +132,65 @@ class Ops(Protocol[V]):
         """
         ...
 
+    def wkv4(self, state: tuple[V, V, V], decay: V, first: V, k: V, v: V) -> tuple[V, tuple[V, V, V]]:
+        """The RWKV-4 recurrence: an average of values weighted by e^key, with its exponents kept near zero.
+
+        p = max(pp, u+k); y = (e^{pp−p} aa + e^{u+k−p} v) / (e^{pp−p} bb + e^{u+k−p}); q = max(pp+w, k);
+        aa ← e^{pp+w−q} aa + e^{k−q} v; bb ← e^{pp+w−q} bb + e^{k−q}; pp ← q.
+
+        Args:
+            state: numerator aa, denominator bb and largest exponent pp, each [B, A] float32.
+            decay: w = −e^time_decay [A] float32.
+            first: u [A] float32, the bonus of the current token.
+            k: key [R, A] float32.
+            v: value [R, A] float32.
+
+        Returns:
+            y [R, A] and the new state.
+        """
+        ...
+
+    def wkv5(self, state: V, r: V, decay_log: V, first: V, k: V, v: V) -> tuple[V, V]:
+        """The RWKV-5 recurrence: `wkv6` with a decay that is a parameter, ``decay_log`` [H, N]."""
+        ...
+
+    def wkv6(self, state: V, r: V, decay_log: V, first: V, k: V, v: V) -> tuple[V, V]:
+        """The RWKV-6 recurrence: y = rᵀ(S + u∘k ⊗ v), then S ← w∘S + k ⊗ v, with w = e^decay_log along the key axis.
+
+        Args:
+            state: S [B, H, N (key), N (value)] float32.
+            r: receptance [R, H, N] float32, like all that follow.
+            decay_log: natural logarithm of the decay w.
+            first: u [H, N], the bonus of the current token.
+            k: key.
+            v: value.
+
+        Returns:
+            y [R, H, N] and the new S.
+        """
+        ...
+
+    def mix_lora(self, x: V, delta: V, name: str, inner: V, count: int) -> tuple[V, ...]:
+        """x + delta∘(μ_i + inner_i·W_i): `mix` with coefficients that depend on the input, as in RWKV-6.
+
+        Args:
+            x: [R, D].
+            delta: [R, D].
+            name: of the static coefficients ``name`` [count, 1, D] and of W, ``name.w2`` [count, r, D].
+            inner: [R, count·r].
+            count: how many.
+        """
+        ...
+
+    def token_matrix(self, x: V, name: str, tokens: V, rank: int) -> V:
+        """x times a matrix of each token: row ``tokens`` of the table ``name`` [V, r·r] as [r, r]; [..., R, r]."""
+        ...
+
     def last_row(self, x: V) -> V:
         """The last token's row of each stream: [B, D]."""
         ...
 
 
-State = Mapping[str, V]
-"""State tensors by name, each [B, …]."""
+def rescaled(x: V, spec: ModelSpec, layer: int) -> V:
+    """x, halved after every ``spec.rescale``-th layer: the weights that add to it are stored in the same scale."""
+    return x * 0.5 if spec.rescale and (layer + 1) % spec.rescale == 0 else x

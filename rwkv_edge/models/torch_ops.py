@@ -128,6 +128,72 @@ class TorchOps:
             outputs.append(torch.einsum("bhvk,bhk->bhv", state, r_t))
         return torch.stack(outputs, 1).reshape(r.shape), state
 
+    def wkv4(
+        self,
+        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        decay: torch.Tensor,
+        first: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Token by token, exponents relative to their maximum."""
+        num, den, top = state
+        keys, values = (t.reshape(self._batch, -1, t.shape[-1]) for t in (k, v))
+        outputs = []
+        for t in range(keys.shape[1]):
+            k_t, v_t = keys[:, t], values[:, t]
+            p = torch.maximum(top, first + k_t)
+            old, new = torch.exp(top - p), torch.exp(first + k_t - p)
+            outputs.append((old * num + new * v_t) / (old * den + new))
+            q = torch.maximum(top + decay, k_t)
+            old, new = torch.exp(top + decay - q), torch.exp(k_t - q)
+            num, den, top = old * num + new * v_t, old * den + new, q
+        return torch.stack(outputs, 1).reshape(-1, k.shape[-1]), (num, den, top)
+
+    def wkv5(
+        self,
+        state: torch.Tensor,
+        r: torch.Tensor,
+        decay_log: torch.Tensor,
+        first: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`wkv6` with the same decay for every token."""
+        return self.wkv6(state, r, decay_log.expand(r.shape), first, k, v)
+
+    def wkv6(
+        self,
+        state: torch.Tensor,
+        r: torch.Tensor,
+        decay_log: torch.Tensor,
+        first: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token by token; S is [key, value]."""
+        streams = [t.reshape(self._batch, -1, *t.shape[1:]) for t in (r, torch.exp(decay_log), k, v)]
+        outputs = []
+        for t in range(streams[0].shape[1]):
+            r_t, w_t, k_t, v_t = (s[:, t] for s in streams)  # each [B, H, N]
+            added = k_t[..., None] * v_t[:, :, None, :]
+            outputs.append(torch.einsum("bhk,bhkv->bhv", r_t, state + first[..., None] * added))
+            state = state * w_t[..., None] + added
+        return torch.stack(outputs, 1).reshape(r.shape), state
+
+    def mix_lora(
+        self, x: torch.Tensor, delta: torch.Tensor, name: str, inner: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, ...]:
+        """x + delta∘(μ_i + inner_i·W_i)."""
+        parts = inner.reshape(inner.shape[-2], count, -1).transpose(0, 1) @ self._params[f"{name}.w2"]
+        mixed = x + delta * (self._params[name] + parts)
+        return tuple(mixed[i : i + 1] for i in range(count))
+
+    def token_matrix(self, x: torch.Tensor, name: str, tokens: torch.Tensor, rank: int) -> torch.Tensor:
+        """One [r, r] matrix per row."""
+        matrices = self._params[name][tokens].reshape(-1, rank, rank)
+        return torch.einsum("rj,rjk->rk", x.reshape(-1, rank), matrices)
+
     def last_row(self, x: torch.Tensor) -> torch.Tensor:
         """[R, D] → [B, D]."""
         return x.reshape(self._batch, -1, x.shape[-1])[:, -1]

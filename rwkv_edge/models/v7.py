@@ -7,11 +7,25 @@ norm's eps is 64e-5 (1e-5 × 8²), layer 0 has no value residual, and S is [valu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from rwkv_edge.models.architecture import Architecture
-from rwkv_edge.models.ops import Ops, V
-from rwkv_edge.models.params import Header, Param, by_head, linear, low_rank, norm, normed_embedding, stacked, vector
-from rwkv_edge.spec import ACT_DTYPE, ModelSpec, StateTensor
+from rwkv_edge.models.ops import Ops, V, rescaled
+from rwkv_edge.models.params import (
+    Header,
+    Param,
+    by_head,
+    deep_embedding,
+    ffn_pair,
+    linear,
+    low_rank,
+    norm,
+    normed_embedding,
+    rescaling,
+    stacked,
+    vector,
+)
+from rwkv_edge.spec import ModelSpec, matrix_state
 
 HEAD_NORM_EPS = 64e-5
 DECAY_SCALE = -0.6065306597126334  # -exp(-0.5): keeps the decay w in (0.545, 1)
@@ -35,7 +49,7 @@ KEEP_FLOAT = (
 )
 
 
-def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
+def describe(version: str, header: Header, precision: str, batch: int | None) -> ModelSpec:
     """Dimensions from shapes alone.
 
     Raises:
@@ -48,14 +62,10 @@ def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
     ranks = {f"rank_{x}": header.matrix(f"{att}.{x}1")[1] for x in "wag"}
     if n_layer > 1:
         ranks["rank_v"] = header.matrix("blocks.1.att.v1")[1]
-    act = ACT_DTYPE.get(precision, precision)
-    state = []
-    for i in range(n_layer):
-        state.append(StateTensor(f"att_shift.{i}", (n_embd,), act))
-        state.append(StateTensor(f"wkv.{i}", (n_head, head_size, head_size), "float32"))
-        state.append(StateTensor(f"ffn_shift.{i}", (n_embd,), act))
+    if version == "7a":
+        ranks["rank_deep_embed"] = header.matrix("blocks.0.ffn.s1")[1]
     return ModelSpec(
-        version="7",
+        version=version,
         n_layer=n_layer,
         n_embd=n_embd,
         n_att=header.matrix(f"{att}.key.weight")[0],
@@ -65,7 +75,7 @@ def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
         vocab_size=vocab_size,
         precision=precision,
         batch=batch,
-        state=tuple(state),
+        state=matrix_state(n_layer, n_embd, n_head, head_size, precision),
         extra=ranks,
     )
 
@@ -94,17 +104,27 @@ def _att_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
     found += [vector(header, f"{att}.{x}0", f"{att}.{x}0", (inner,)) for x in ("av" if i > 0 else "a")]
     for name in ("k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias"):
         found.append(by_head(header, f"{att}.{name}", f"{att}.{name}", spec.n_head, spec.head_size))
-    found.append(linear(header, f"{att}.output", f"{att}.output.weight", inner, width))
+    found.append(linear(header, f"{att}.output", f"{att}.output.weight", inner, width, rescaling(spec, i)))
     return found
 
 
 def _ffn_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
-    ffn = f"blocks.{i}.ffn"
+    ffn, rank = f"blocks.{i}.ffn", spec.extra.get("rank_deep_embed")
+    deep = (
+        []
+        if rank is None
+        else [
+            low_rank(header, f"{ffn}.s1", f"{ffn}.s1", spec.n_embd, rank),
+            deep_embedding(header, f"{ffn}.s_emb", ffn, spec, rank),
+            low_rank(header, f"{ffn}.s2", f"{ffn}.s2", rank, spec.n_ffn),
+            vector(header, f"{ffn}.s0", f"{ffn}.s0", (spec.n_ffn,)),
+        ]
+    )
     return [
+        *deep,
         *norm(header, f"blocks.{i}.ln2", f"blocks.{i}.ln2", spec.n_embd),
         stacked(header, f"{ffn}.mix", [f"{ffn}.x_k"], spec.n_embd),
-        linear(header, f"{ffn}.key", f"{ffn}.key.weight", spec.n_embd, spec.n_ffn),
-        linear(header, f"{ffn}.value", f"{ffn}.value.weight", spec.n_ffn, spec.n_embd),
+        *ffn_pair(header, ffn, spec, rescaling(spec, i)),
     ]
 
 
@@ -126,7 +146,7 @@ def step(ops: Ops[V], spec: ModelSpec, tokens: V, state: Mapping[str, V]) -> tup
     for i in range(spec.n_layer):
         update, v_first = time_mix(ops, i, x, v_first, state, after)
         x = ops.residual(x, update)
-        x = ops.residual(x, channel_mix(ops, i, x, state, after))
+        x = rescaled(ops.residual(x, channel_mix(ops, spec, i, x, tokens, state, after)), spec, i)
     x = ops.layer_norm(ops.last_row(x), "ln_out")
     return ops.fp32(ops.linear(x, "head")), after
 
@@ -162,13 +182,25 @@ def time_mix(ops: Ops[V], i: int, x: V, v_first: V | None, state: Mapping[str, V
     return ops.linear(ops.merge_heads(ops.act(y) * ops.heads(gate)), f"{att}.output"), v_first
 
 
-def channel_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[str, V]) -> V:
-    """The feed-forward half of block ``i``: its update [R, D]."""
+def channel_mix(
+    ops: Ops[V], spec: ModelSpec, i: int, x: V, tokens: V, state: Mapping[str, V], after: dict[str, V]
+) -> V:
+    """The feed-forward half of block ``i``: its update [R, D].
+
+    7a (DeepEmbed) multiplies the hidden values by ((x s1)·E_token) s2 + s0, where E_token is a matrix of each token.
+    """
     ffn = f"blocks.{i}.ffn"
     x = ops.layer_norm(x, f"blocks.{i}.ln2")
     before, after[f"ffn_shift.{i}"] = ops.token_shift(x, state[f"ffn_shift.{i}"])
     (x_k,) = ops.mix(x, before - x, f"{ffn}.mix", 1)
-    return ops.linear(ops.relu_squared(ops.linear(x_k, f"{ffn}.key")), f"{ffn}.value")
+    hidden = ops.relu_squared(ops.linear(x_k, f"{ffn}.key"))
+    rank = spec.extra.get("rank_deep_embed")
+    if rank:
+        scale = ops.token_matrix(ops.linear(x, f"{ffn}.s1"), f"{ffn}.s_emb", tokens, rank)
+        hidden = hidden * (ops.linear(scale, f"{ffn}.s2") + ops.param(f"{ffn}.s0"))
+    return ops.linear(hidden, f"{ffn}.value")
 
 
-ARCHITECTURE = Architecture("7", describe, params, step, KEEP_FLOAT)
+ARCHITECTURES = {
+    version: Architecture(version, partial(describe, version), params, step, KEEP_FLOAT) for version in ("7", "7a")
+}

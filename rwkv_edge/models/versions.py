@@ -6,7 +6,7 @@ The order matters: later architectures keep most names of earlier ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 from rwkv_edge.checkpoints.base import Checkpoint, TensorInfo
@@ -20,7 +20,7 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class Signature:
-    """How a version is recognised, and the module that implements it or the reason why none does."""
+    """How a version is recognised, and the module of this package that implements it or the reason why none does."""
 
     version: str
     matches: Callable[[Tensors], bool]
@@ -37,17 +37,22 @@ def _per_channel_decay(tensors: Tensors) -> bool:
     return _has("att.ln_x")(tensors) and decay is not None and len(decay.shape) == 2 and decay.shape[1] > 1
 
 
-_LATER = "its export comes with a later release of rwkv-edge"
 SIGNATURES = (
     Signature("8", _has("ffn.enn.weight"), None, "release candidates of RWKV-8 change from file to file"),
     Signature("7b", _has("qkv."), None, "its attention keeps a cache that grows, so there is no state of fixed size"),
-    Signature("7a", _has("ffn.s_emb.weight"), None, _LATER),
-    Signature("7", _has("att.r_k"), "rwkv_edge.models.v7"),
-    Signature("6", _has("att.time_maa_x"), None, _LATER),
-    Signature("5.2", _per_channel_decay, None, _LATER),
-    Signature("5.1", lambda t: _has("att.ln_x")(t) and _has("att.gate.weight")(t), None, _LATER),
-    Signature("5.0", _has("att.ln_x"), None, _LATER),
-    Signature("4", _has("att.time_decay"), None, _LATER),
+    Signature(
+        "6a", _has("att.gate_w1"), None, "x060a is an experiment with a low-rank gate that no released model uses"
+    ),
+    Signature(
+        "6b/6c", _has("att.time_maa_rkvw_w1"), None, "x060b and x060c are experiments that no released model uses"
+    ),
+    Signature("7a", _has("ffn.s_emb.weight"), "v7"),
+    Signature("7", _has("att.r_k"), "v7"),
+    Signature("6", _has("att.time_maa_x"), "v6"),
+    Signature("5.2", _per_channel_decay, "v5"),
+    Signature("5.1", lambda t: _has("att.ln_x")(t) and _has("att.gate.weight")(t), "v5"),
+    Signature("5.0", _has("att.ln_x"), "v5"),
+    Signature("4", _has("att.time_decay"), "v4"),
 )
 
 
@@ -78,8 +83,8 @@ def architecture_of(tensors: Tensors, path: object) -> Architecture:
         raise UnsupportedVersionError(
             f"{path} is RWKV-{signature.version}, which cannot be exported: {signature.refusal}"
         )
-    architecture: Architecture = import_module(signature.module).ARCHITECTURE
-    return architecture
+    architectures: dict[str, Architecture] = import_module(f"rwkv_edge.models.{signature.module}").ARCHITECTURES
+    return architectures[signature.version]
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,17 @@ class Model:
     params: tuple[Param, ...]
 
 
-def model_from_checkpoint(checkpoint: Checkpoint, precision: str = "fp32", batch: int | None = 1) -> Model:
+def model_from_checkpoint(
+    checkpoint: Checkpoint, precision: str = "fp32", batch: int | None = 1, rescale: int | None = None
+) -> Model:
     """Recognise the version, derive the dimensions and check every tensor's shape; reads no weight.
 
     Args:
         checkpoint: an open checkpoint.
         precision: 'fp32', 'fp16' or 'bf16': what an export would store.
         batch: batch size of an export, or None for dynamic.
+        rescale: layers after which the residual stream is halved, 0 for never; None for what the version needs in this
+            precision.
 
     Raises:
         CheckpointError: not an RWKV model, a tensor is missing, or has a shape that does not fit.
@@ -107,4 +116,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, precision: str = "fp32", batch
     architecture = architecture_of(checkpoint.tensors, checkpoint.path)
     header = Header(checkpoint.tensors, checkpoint.path)
     spec = architecture.describe(header, precision, batch)
+    if rescale is None:
+        rescale = architecture.fp16_rescale if precision == "fp16" else 0
+    spec = replace(spec, rescale=rescale)
     return Model(checkpoint, architecture, spec, tuple(architecture.params(header, spec)))
