@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from rwkv_edge.spec import ModelSpec
 FORMAT = "rwkv-edge artifact"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+WEIGHTS = "weights.bin"
+
+_MOST = 1 << 48  # what no dimension, file size or count comes near; keeps arithmetic on damaged manifests finite
+_PARTS = re.compile(
+    r"manifest\.json|weights\.bin|(step|prefill)[\w.-]*\.(onnx|engine)|tokenizer\.json|rwkv_vocab\w*\.txt"
+)
+"""Names that an export writes: what a folder whose manifest cannot be read may hold, to be replaced."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class Manifest:
     """The content of manifest.json.
 
     ``model_hash`` is the sha256 of weights.bin: states and engines belong to it. ``source`` describes the checkpoint,
-    ``tools`` the versions that made the artifact, ``warnings`` what the export had to say.
+    ``tools`` the versions that made the artifact, ``warnings`` what the export had to say, ``initial_state`` the file
+    of a tuned state.
     """
 
     spec: ModelSpec
@@ -66,6 +75,7 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    initial_state: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -84,34 +94,100 @@ class Manifest:
             raise ArtifactError(f"{path} is not the manifest of an rwkv-edge artifact; export the checkpoint again")
         if data.get("format_version") != FORMAT_VERSION:
             raise ArtifactError(
-                f"{path} has format version {data.get('format_version')}, expected {FORMAT_VERSION}; "
+                f"{path} has format version {str(data.get('format_version'))[:40]}, expected {FORMAT_VERSION}; "
                 "export the checkpoint again with this version of rwkv-edge"
             )
         try:
             return cls(
-                spec=ModelSpec.from_json(data["spec"]),
-                graphs=tuple(GraphEntry(**_plain_file(entry)) for entry in data["graphs"]),
-                files={_plain_name(name): FileEntry(**entry) for name, entry in data["files"].items()},
-                tokenizer=None if data["tokenizer"] is None else dict(data["tokenizer"]),
-                model_hash=str(data["model_hash"]),
-                source=dict(data["source"]),
-                tools=dict(data["tools"]),
+                spec=_checked_spec(ModelSpec.from_json(data["spec"])),
+                graphs=tuple(_graph_entry(entry) for entry in data["graphs"]),
+                files=_file_entries(data["files"]),
+                tokenizer=None if data["tokenizer"] is None else _tokenizer_entry(data["tokenizer"]),
+                model_hash=_sha256(data["model_hash"]),
+                source=_source_entry(data["source"]),
+                tools={str(name): str(version) for name, version in data["tools"].items()},
                 warnings=tuple(str(w) for w in data["warnings"]),
+                initial_state=None if data.get("initial_state") is None else _plain_name(data["initial_state"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}); export the checkpoint again") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ArtifactError) as error:
+            missing = isinstance(error, KeyError)
+            reason = (
+                f"it lacks '{error.args[0]}'" if missing else str(error).removesuffix("; export the checkpoint again")
+            )
+            raise ArtifactError(f"{path} is damaged ({reason[:200]}); export the checkpoint again") from error
 
 
-def _plain_name(name: str) -> str:
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}, not a text")
+    return value
+
+
+def _count(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MOST:
+        raise ValueError(f"{name} is {value!r}, not a count")
+    return value
+
+
+def _plain_name(name: Any) -> str:
     """A file name that stays inside the folder."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", _text(name, "a file name")):
         raise ValueError(f"file name {name!r} leaves the folder")
-    return name
+    return str(name)
 
 
-def _plain_file(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    _plain_name(entry["file"])
-    return entry
+def _sha256(value: Any) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", _text(value, "a sha256")):
+        raise ValueError(f"sha256 is {value!r}, not 64 hex digits")
+    return str(value)
+
+
+def _graph_entry(entry: Any) -> GraphEntry:
+    expected = sorted(part.name for part in fields(GraphEntry))
+    if not isinstance(entry, dict) or sorted(entry) != expected:
+        raise ValueError(f"a graph should have the fields {', '.join(expected)}, but is {entry!r}")
+    found = GraphEntry(**entry)
+    _plain_name(found.file)
+    for name in ("kind", "target", "wkv"):
+        _text(getattr(found, name), name)
+    for name in ("tokens", "nodes"):
+        _count(getattr(found, name), name)
+    return found
+
+
+def _file_entries(entries: Mapping[str, Any]) -> dict[str, FileEntry]:
+    if WEIGHTS not in entries:
+        raise ValueError(f"it does not list {WEIGHTS}")
+    return {
+        _plain_name(name): FileEntry(_count(entry["nbytes"], "nbytes"), _sha256(entry["sha256"]))
+        for name, entry in entries.items()
+    }
+
+
+def _tokenizer_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    file = entry["file"]
+    return {**entry, "kind": _text(entry["kind"], "kind"), "file": None if file is None else _plain_name(file)}
+
+
+def _source_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = entry.get("parameters")
+    return {**entry, "parameters": None if parameters is None else _count(parameters, "parameters")}
+
+
+def _checked_spec(spec: ModelSpec) -> ModelSpec:
+    """The spec, if `info` can count with it; that it is the graph's spec is checked when the graph is opened."""
+    _text(spec.version, "version")
+    if spec.batch is not None:
+        _count(spec.batch, "batch")
+    for name in ("n_layer", "n_embd", "n_att", "n_ffn", "n_head", "head_size", "vocab_size"):
+        _count(getattr(spec, name), name)
+    if not isinstance(spec.extra, dict):
+        raise ValueError(f"extra is {spec.extra!r}, not an object")
+    for name, value in spec.extra.items():
+        _count(value, name)
+    for tensor in spec.state:
+        _count(tensor.nbytes, tensor.name)
+    return spec
 
 
 @dataclass(frozen=True)
@@ -130,17 +206,19 @@ class Artifact:
         """
         path = Path(path)
         manifest_path = path / MANIFEST
-        if not path.is_dir():
-            found = "is a file" if path.exists() else "does not exist"
-            raise ArtifactError(f"{path} {found}; an artifact is the folder that 'rwkv-edge export' wrote")
         try:
+            if not path.is_dir():
+                found = "is a file" if path.exists() else "does not exist"
+                raise ArtifactError(f"{path} {found}; an artifact is the folder that 'rwkv-edge export' wrote")
             data = json.loads(manifest_path.read_bytes())
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{path} has no {MANIFEST}; an artifact is the folder that 'rwkv-edge export' wrote"
             ) from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"{manifest_path} cannot be read ({error}); export the checkpoint again") from error
+        except OSError as error:
+            raise ArtifactError(f"{manifest_path} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{manifest_path} is damaged ({error}); export the checkpoint again") from error
         artifact = cls(path, Manifest.from_json(data, manifest_path))
         for name, entry in artifact.manifest.files.items():
             artifact._check_size(name, entry)
@@ -215,20 +293,28 @@ def artifact_folder(target: Path, nbytes: int) -> Iterator[Path]:
         ArtifactError: the target holds something else, or cannot be written, or the disk is full.
     """
     _check_target(target)
-    scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        free = shutil.disk_usage(target.parent).free
-        if free < nbytes:
-            raise ArtifactError(f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there")
-        scratch.mkdir()
+    place = Path(os.path.realpath(target))  # a link to an artifact stays a link
+    scratch = place.parent / f".{place.name}.partial-{os.getpid()}"
+    made: list[Path] = []
     try:
         with disk_errors(target):
+            made += [folder for folder in place.parents if not folder.exists()]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(place)
+            free = shutil.disk_usage(place.parent).free
+            if free < nbytes:
+                raise ArtifactError(
+                    f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there"
+                )
+            scratch.mkdir()
             yield scratch
-            _replace(scratch, target)
-    finally:
+            _replace(scratch, place)
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # another program put something there
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -249,22 +335,40 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _check_target(target: Path) -> None:
     try:
-        occupied = target.exists() and not (
-            target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).exists())
-        )
+        found = _foreign_part(target) if target.is_dir() else "a file" if target.exists() else None
     except OSError as error:
         raise ArtifactError(f"{target} cannot be written: {error.strerror}") from error
-    if occupied:
+    if found:
         raise ArtifactError(
-            f"{target} exists and is not an artifact, so it is left alone; choose another folder with -o"
+            f"{target} exists and is {found}, not just an artifact, so it is left alone; choose another folder with -o"
         )
+
+
+def _foreign_part(folder: Path) -> str | None:
+    """What in ``folder`` would be lost if an export replaced it: nothing in an artifact, even in a damaged one."""
+    names = {entry.name for entry in folder.iterdir()}
+    if not names:
+        return None
+    try:
+        data = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        data = {"format": FORMAT if WEIGHTS in names else None}
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        return "a folder of something else"
+    listed = data["files"] if isinstance(data.get("files"), dict) else {}
+    odd = sorted(name for name in names if name not in listed and not _PARTS.fullmatch(name))
+    return f"a folder that holds '{odd[0]}'" if odd else None
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Scratch folders of exports that were killed."""
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        found = re.fullmatch(r".*\.partial-(\d+)(\.former)?", leftover.name)
-        if found and not _is_running(int(found[1])):
+    """Scratch folders of exports that were killed; an artifact that one of them had moved away goes back."""
+    for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}.partial-*")):
+        found = re.fullmatch(r".*\.partial-(\d+)(\.former)?", leftover.name, re.DOTALL)
+        if not found or (int(found[1]) != os.getpid() and _is_running(int(found[1]))):
+            continue
+        if found[2] and not target.exists():
+            leftover.rename(target)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -283,12 +387,12 @@ def _is_running(pid: int) -> bool:
 def _replace(scratch: Path, target: Path) -> None:
     """Move the finished folder into place; what stood there goes last."""
     former = scratch.with_name(scratch.name + ".former")
-    if target.exists():
-        target.rename(former)
     try:
+        if target.exists():
+            target.rename(former)
         scratch.rename(target)
-    except OSError:
-        if former.exists():
+    except BaseException:  # Ctrl-C too
+        if former.exists() and not target.exists():
             former.rename(target)
         raise
     shutil.rmtree(former, ignore_errors=True)

@@ -77,9 +77,9 @@ def matrix_state(n_layer: int, n_embd: int, n_head: int, head_size: int, precisi
 class ModelSpec:
     """Dimensions and state of one exported model; the contract between exporter, calibration and runtime.
 
-    ``batch`` is the fixed batch size of the graphs, or None where it is dynamic. ``rescale``, where it is not 0, says that
-    the residual stream is halved after every so many layers, against overflow in fp16. ``extra`` holds dimensions that
-    only one version has (LoRA ranks, say).
+    ``batch`` is the fixed batch size of the graphs, or None where it is dynamic. ``rescale``, where it is not 0, says
+    that the residual stream is halved after every so many layers, against overflow in fp16. ``extra`` holds dimensions
+    that only one version has (LoRA ranks, say).
     """
 
     version: str

@@ -1,4 +1,5 @@
-"""What runs on the device needs numpy, click, the tokenizer and one backend: proved in an environment that has nothing else."""
+"""What runs on the device needs numpy, click, the tokenizer and one backend: proved in an environment that has nothing
+else."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import sys
 import rwkv_edge, rwkv_edge.runtime
 from rwkv_edge import Sampler, SamplerConfig, generate_text, open_model
 model = open_model(sys.argv[1])
-text = "".join(generate_text(model.session, model.tokenizer, "ROMEO:", sampler=Sampler(SamplerConfig(seed=1)), max_tokens=20))
+sampler = Sampler(SamplerConfig(seed=1))
+text = "".join(generate_text(model.session, model.tokenizer, "ROMEO:", sampler=sampler, max_tokens=20))
 assert len(text) > 0
 state = model.session.initial_state()
 model.session.prefill([[1, 2, 3]], state)

@@ -6,11 +6,13 @@ import struct
 from pathlib import Path
 
 from rwkv_edge.checkpoints.base import Checkpoint, TensorInfo
+from rwkv_edge.checkpoints.folder import is_folder, is_index, open_folder, open_index
+from rwkv_edge.checkpoints.layouts import with_official_names
 from rwkv_edge.errors import CheckpointError, MissingDependencyError
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "open_stored"]
 
-_SUFFIXES = {".pth": "pth", ".pt": "pth", ".safetensors": "safetensors", ".st": "safetensors"}
+_SUFFIXES = {".pth": "pth", ".pt": "pth", ".bin": "pth", ".safetensors": "safetensors", ".st": "safetensors"}
 _NAMES = {"pth": "a PyTorch file", "safetensors": "a safetensors file"}
 _FOREIGN = (
     (b"GGUF", "a GGUF file of llama.cpp: export the original .pth or .safetensors instead"),
@@ -23,16 +25,27 @@ _FOREIGN = (
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Map a checkpoint without reading its weights.
+    """Map a checkpoint without reading its weights, under the official names whatever its layout.
 
     Args:
-        path: a ``.pth`` or ``.safetensors`` file.
+        path: a ``.pth``, ``.bin`` or ``.safetensors`` (``.st``) file, a Hugging Face folder, or the index of shards.
 
     Raises:
         CheckpointError: the file is missing, empty, cut off, or not a checkpoint; the message says what it is.
         MissingDependencyError: a ``.pth`` needs torch.
     """
+    return with_official_names(open_stored(path))
+
+
+def open_stored(path: str | Path) -> Checkpoint:
+    """Like `open_checkpoint`, but with the names and shapes that are stored; adapters and tuned states open too."""
     path = Path(path)
+    if is_folder(path):
+        return open_folder(path, _open_file)
+    return open_index(path, _open_file) if is_index(path) else _open_file(path)
+
+
+def _open_file(path: Path) -> Checkpoint:
     kind = _kind_of(path)
     if kind == "safetensors":
         from rwkv_edge.checkpoints.safetensors import SafetensorsCheckpoint
@@ -50,6 +63,10 @@ def _kind_of(path: Path) -> str:
     try:
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; a checkpoint file (.pth or .safetensors) was expected")
+        if path.exists() and not path.is_file():
+            raise CheckpointError(
+                f"{path} is a pipe or a device; a checkpoint file (.pth or .safetensors) was expected"
+            )
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(64)
@@ -81,6 +98,10 @@ def _describe(head: bytes, size: int) -> str:
     if kind is not None:
         return f"{_NAMES[kind]}: rename it"
     for magic, text in _FOREIGN:
-        if head.lstrip().startswith(magic):
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(magic):
             return text
+    if all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in head):
+        return (
+            f"text that begins with '{head[:32].decode().splitlines()[0]}': the download failed, or it is another file"
+        )
     return f"no format that is known here (it begins with {head[:8].hex(' ')}): damaged, or not a checkpoint"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ class PthCheckpoint:
             tensors.
         """
         self.path = path
+        _check_name(path)
         _check_zip(path)
         self._values = _tensors_of(path, _load_mapped(path))
         self.tensors: Mapping[str, TensorInfo] = {
@@ -43,6 +45,13 @@ class PthCheckpoint:
         """Drop the tensor's resident pages."""
         if self._values[name].is_contiguous():
             release_pages(self._values[name])
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path} has a name that is not UTF-8, which torch cannot open; rename it") from error
 
 
 def _check_zip(path: Path) -> None:
@@ -64,15 +73,16 @@ def _load_mapped(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about formats of other tools; the checks below decide
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds Python objects beside tensors, which could run code when they are read, and is refused; "
-            "re-save its plain dictionary of tensors, or use .safetensors"
-        ) from error
     except MemoryError:
         raise
     except Exception as error:  # torch raises whatever a damaged pickle leads it to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        if unpickling and (found := re.search(r"GLOBAL (\S+)", str(error))):
+            raise CheckpointError(
+                f"{path} holds Python objects beside tensors ({found[1]}), which could run code when they are read, "
+                "and is refused; re-save its plain dictionary of tensors, or use .safetensors"
+            ) from error
+        reason = "its pickle is broken" if unpickling else re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
         raise CheckpointError(f"{path} is damaged ({reason[:200]}); copy or download it again") from error
 
 
@@ -86,4 +96,6 @@ def _tensors_of(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
             )
         if str(value.dtype).removeprefix("torch.") not in FLOAT_DTYPES or value.layout != torch.strided:
             raise CheckpointError(f"{path}: tensor '{name}' is {value.dtype}, expected dense fp32, fp16 or bf16")
-    return loaded
+        if value.device.type != "cpu" or value.is_neg():
+            raise CheckpointError(f"{path}: tensor '{name}' has no values of its own; save the model's tensors again")
+    return {name: value.detach() for name, value in loaded.items()}  # parameters are saved with their gradient's flag

@@ -5,13 +5,16 @@ Exit codes: 0 done; 1 the work failed, or a check did not pass; 2 an argument th
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from importlib import import_module
 
 import click
 
+from rwkv_edge.cli.common import printable
 from rwkv_edge.errors import RwkvEdgeError
+
+MESSAGE_CHARACTERS = 1000
 
 COMMANDS = {
     "export": "Write the artifact (ONNX graph, weights, tokenizer) of a checkpoint.",
@@ -59,23 +62,30 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line with ``arguments`` (those of the process where None); returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding, a path that is not UTF-8
     try:
-        cli.main(args=arguments, prog_name="rwkv-edge", standalone_mode=False)
-    except click.exceptions.Abort:  # click's name for Ctrl-C
-        click.echo("stopped", err=True)
-        return 130
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
+        code = cli.main(args=arguments, prog_name="rwkv-edge", standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):  # click's name for Ctrl-C, and Ctrl-C around click
+        return _failed("stopped", 130)
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except RwkvEdgeError as error:
-        click.echo(f"Error: {error}", err=True)
-        return error.exit_code
+        return _failed(f"Error: {error}", error.exit_code)
     except MemoryError:
-        click.echo("Error: not enough memory; try a smaller precision or model", err=True)
+        return _failed("Error: not enough memory; try a smaller precision or model", 1)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        return _failed(f"Error: {name}{error.strerror or error}", 1)
+    except SystemExit:  # click's way out where the reader of a pipe has left
         return 1
-    except BrokenPipeError:  # the reader of a pipe left: nothing more to say, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+    return code if isinstance(code, int) else 0  # click returns the code of `ctx.exit`
+
+
+def _failed(message: str, code: int) -> int:
+    """Say why in one line."""
+    if len(message) > MESSAGE_CHARACTERS:
+        message = message[: MESSAGE_CHARACTERS - 1] + "…"
+    click.echo(printable(message), err=True)
+    return code

@@ -28,6 +28,17 @@ def session_options(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def adapter_options(function: F) -> F:
+    """--lora and --lora-alpha."""
+    function = click.option(
+        "--lora-alpha", type=float, metavar="A", help="Alpha that the LoRA was trained with; its file does not say.",
+    )(function)  # fmt: skip
+    return click.option(
+        "--lora", type=PATH, metavar="FILE|FOLDER",
+        help="Adapter to merge into CHECKPOINT: LoRA, DiSHA, Bone or MiSS, recognised by its tensors.",
+    )(function)  # fmt: skip
+
+
 class Batch(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
     """A number of streams, or 'dynamic'."""
 
@@ -51,6 +62,11 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def printable(text: str) -> str:
+    """One line in which control characters are escaped: names in a file must not steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def size(nbytes: float) -> str:
     """Bytes in words: 1.8 GB."""
     for unit in ("B", "kB", "MB"):
@@ -67,7 +83,7 @@ def byte_progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]
 
         def start(total: int) -> Callable[[int], None]:
             steps = max(1, total // 200)
-            hidden = not sys.stderr.isatty()
+            hidden = sys.stderr is None or not sys.stderr.isatty()
             bar = stack.enter_context(
                 click.progressbar(
                     length=total,
@@ -95,10 +111,16 @@ def read_text(path: Path) -> str:
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        raw = _stdin() if str(path) == "-" else path.read_bytes()
         return raw.decode("utf-8")
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         where = f"byte {raw[error.start]:#04x} at offset {error.start}"
         raise InputError(f"{name} is not UTF-8: {where}; convert it first") from error
+
+
+def _stdin() -> bytes:
+    if sys.stdin is None:  # closed by the shell: <&-
+        raise InputError("standard input is closed, but the text should come from there")
+    return sys.stdin.buffer.read()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, Batch, byte_progress, size
+from rwkv_edge.cli.common import PATH, Batch, adapter_options, byte_progress, size
 from rwkv_edge.errors import MissingDependencyError
 
 
@@ -26,12 +26,23 @@ from rwkv_edge.errors import MissingDependencyError
     "--tokenizer", metavar="NAME|FILE",
     help="world, bytes, none, or a tokenizer.json.  [default: by the vocabulary size]",
 )  # fmt: skip
+@adapter_options
+@click.option("--state", type=PATH, metavar="FILE", help="Tuned state (blocks.i.att.time_state) to begin with.")
 def command(
-    checkpoint: Path, output: Path | None, precision: str, batch: int | str, wkv: str, tokenizer: str | None
+    checkpoint: Path,
+    output: Path | None,
+    precision: str,
+    batch: int | str,
+    wkv: str,
+    tokenizer: str | None,
+    lora: Path | None,
+    lora_alpha: float | None,
+    state: Path | None,
 ) -> None:
     """Write the artifact of CHECKPOINT: step.onnx, weights.bin, manifest.json and the tokenizer.
 
-    CHECKPOINT is a .pth or .safetensors file. The folder appears when everything in it is complete and checked.
+    CHECKPOINT is a .pth, .bin or .safetensors (.st) file, with the official names or those of transformers, fla or
+    web-rwkv; or a Hugging Face folder. The folder appears when everything in it is complete and checked.
 
     Example: rwkv-edge export RWKV-x070-World-0.1B.pth --precision fp16
     """
@@ -39,11 +50,14 @@ def command(
         from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
     except ImportError as error:
         raise MissingDependencyError(error.name or "torch", "export", "exporting") from error
-    from rwkv_edge.checkpoints import open_checkpoint
+    from rwkv_edge.checkpoints.adapters import open_merged
 
-    target = output or Path(f"{checkpoint.stem}-{precision}")
-    options = ExportOptions(precision, None if batch == "dynamic" else int(batch), wkv, tokenizer)
-    opened = open_checkpoint(checkpoint)
+    name = checkpoint.resolve().name if checkpoint.is_dir() else checkpoint.stem
+    target = output or Path(f"{name}-{precision}")
+    options = ExportOptions(
+        precision=precision, batch=None if batch == "dynamic" else int(batch), wkv=wkv, tokenizer=tokenizer, state=state
+    )
+    opened = open_merged(checkpoint, lora, lora_alpha)
     with byte_progress("weights") as progress:
         manifest = export_checkpoint(opened, target, options, progress)
     for warning in manifest.warnings:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, size
+from rwkv_edge.cli.common import PATH, json_option, print_json, printable, size
 
 
 @click.command("info")
@@ -15,7 +15,9 @@ from rwkv_edge.cli.common import PATH, json_option, print_json, size
 @json_option
 @click.option("--no-probe", is_flag=True, help="Do not measure this machine's memory bandwidth (half a second).")
 def command(path: Path, as_json: bool, no_probe: bool) -> None:
-    """Tell what PATH, a checkpoint or an artifact, is; reads no weights.
+    """Tell what PATH is: a checkpoint (file or Hugging Face folder), an adapter, a tuned state, or an artifact.
+
+    Only headers are read, no weights.
 
     The tokens per second are upper bounds at batch 1: memory bandwidth over the bytes that one step must move.
 
@@ -25,15 +27,52 @@ def command(path: Path, as_json: bool, no_probe: bool) -> None:
     from rwkv_edge.evaluation.roofline import read_bandwidth
 
     facts = describe(path)
-    if not no_probe:
+    if "tokens_per_second_bound" in facts and not no_probe:
         facts = describe(path, read_bandwidth())
     if as_json:
         print_json(facts)
     else:
-        click.echo("\n".join(_lines(facts)))
+        click.echo("\n".join(map(printable, _lines(facts))))
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
+    if facts["kind"] == "adapter":
+        return _adapter_lines(facts)
+    return _tuned_state_lines(facts) if facts["kind"] == "tuned state" else _model_lines(facts)
+
+
+def _adapter_lines(facts: dict[str, Any]) -> list[str]:
+    alpha = ", alpha to be given with --lora-alpha" if facts["needs_alpha"] else ""
+    lines = [
+        f"{facts['path']}: adapter, {facts['method']}",
+        f"  rank         {', '.join(map(str, facts['ranks']))}{alpha}",
+        f"  layers       {_spans(facts['layers'])}",
+        f"  targets      {', '.join(facts['targets'])}",
+        f"  parameters   {facts['parameters'] / 1e6:.2f} M",
+    ]
+    if facts["whole_tensors"]:
+        lines.append(f"  replaces     {facts['whole_tensors']} tensors of the base")
+    return lines + _file_lines(facts)
+
+
+def _tuned_state_lines(facts: dict[str, Any]) -> list[str]:
+    shifts = ", with token shifts" if facts["token_shifts"] else ""
+    return [
+        f"{facts['path']}: tuned state{shifts}",
+        f"  layers       {_spans(facts['layers'])}",
+        f"  shape        {facts['shape']}",
+        *_file_lines(facts),
+    ]
+
+
+def _spans(layers: list[int]) -> str:
+    """'24: 0 to 23', or all of them where some are left out."""
+    if layers and layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
+        return f"{len(layers)}: {layers[0]} to {layers[-1]}"
+    return f"{len(layers)}: {', '.join(map(str, layers))}"
+
+
+def _model_lines(facts: dict[str, Any]) -> list[str]:
     width = facts["width"]
     ranks = ", ".join(f"{name.removeprefix('rank_')} {n}" for name, n in facts.items() if name.startswith("rank_"))
     lines = [
@@ -44,15 +83,16 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"  state        {size(facts['state_bytes'])} per stream, whatever the length",
     ]
     lines += [f"  weights      {size(n)} in {precision}" for precision, n in facts["weight_bytes"].items()]
-    lines += _checkpoint_lines(facts) if facts["kind"] == "checkpoint" else _artifact_lines(facts)
+    lines += _file_lines(facts) if facts["kind"] == "checkpoint" else _artifact_lines(facts)
     lines.append("  at most      tokens/s at batch 1, by memory bandwidth:")
     for precision, bounds in facts["tokens_per_second_bound"].items():
         lines.append(f"    {precision}       " + ", ".join(f"{place} {value:,.0f}" for place, value in bounds.items()))
     return lines
 
 
-def _checkpoint_lines(facts: dict[str, Any]) -> list[str]:
-    return [f"  file         {facts['layout']}, {facts['tensors']} tensors, {', '.join(facts['dtypes'])}"]
+def _file_lines(facts: dict[str, Any]) -> list[str]:
+    state = ", with a tuned state" if facts.get("tuned_state_layers") else ""
+    return [f"  file         {facts['layout']}, {facts['tensors']} tensors, {', '.join(facts['dtypes'])}{state}"]
 
 
 def _artifact_lines(facts: dict[str, Any]) -> list[str]:

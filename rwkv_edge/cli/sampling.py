@@ -53,6 +53,9 @@ def sampler_from_options(options: Mapping[str, Any]) -> Sampler:
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     try:
-        return int(token), float(bias)
+        found = int(token), float(bias)
     except ValueError as error:
         raise InputError(f"a logit bias is TOKEN=BIAS, such as 0=-inf, not '{text}'") from error
+    if not 0 <= found[0] < 1 << 31:
+        raise InputError(f"a logit bias is TOKEN=BIAS, but there is no token {token}")
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, read_text, session_options
+from rwkv_edge.cli.common import PATH, adapter_options, json_option, print_json, read_text, session_options
 from rwkv_edge.errors import MissingDependencyError
 
 
@@ -17,6 +17,7 @@ from rwkv_edge.errors import MissingDependencyError
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens to compare.")
 @click.option("--text", type=PATH, help="UTF-8 text to feed.  [default: a sample in several scripts]")
 @click.option("--tolerance", type=click.FloatRange(0, min_open=True), help="Relative bound.  [default: by precision]")
+@adapter_options
 @session_options
 @json_option
 @click.pass_context
@@ -27,6 +28,8 @@ def command(
     tokens: int,
     text: Path | None,
     tolerance: float | None,
+    lora: Path | None,
+    lora_alpha: float | None,
     providers: Sequence[str],
     threads: int,
     as_json: bool,
@@ -44,8 +47,9 @@ def command(
         raise MissingDependencyError(error.name or "torch", "export", "verifying against a checkpoint") from error
 
     report = verify_artifact(
-        artifact, checkpoint, tokens, read_text(text) if text else None, tolerance, list(providers), threads
-    )
+        artifact, checkpoint, tokens, read_text(text) if text else None, tolerance, list(providers), threads, lora,
+        lora_alpha,
+    )  # fmt: skip
     if as_json:
         print_json(report.to_json())
     else:

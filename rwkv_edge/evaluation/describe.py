@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.checkpoints import Checkpoint, open_checkpoint, open_stored
+from rwkv_edge.checkpoints.adapters import is_adapter, read_adapter
+from rwkv_edge.checkpoints.folder import is_folder, weight_files
+from rwkv_edge.checkpoints.states import is_tuned_state, tuned_state_names
 from rwkv_edge.evaluation.roofline import DEVICES, bytes_per_token, tokens_per_second
 from rwkv_edge.models.versions import model_from_checkpoint
 from rwkv_edge.spec import ITEM_SIZE, PRECISIONS, ModelSpec
@@ -16,7 +19,7 @@ WEIGHTS = "weights.bin"
 
 
 def describe(path: Path, bandwidth: float | None = None) -> dict[str, Any]:
-    """Facts about a checkpoint file or an artifact folder, as JSON values.
+    """Facts about a checkpoint, an adapter, a tuned state or an artifact folder, as JSON values; ``kind`` says which.
 
     Args:
         path: what to describe.
@@ -26,7 +29,52 @@ def describe(path: Path, bandwidth: float | None = None) -> dict[str, Any]:
         CheckpointError: not a readable checkpoint.
         ArtifactError: not a readable artifact.
     """
-    return _describe_artifact(path, bandwidth) if path.is_dir() else _describe_checkpoint(path, bandwidth)
+    if is_folder(path) and not weight_files(path):
+        return _describe_artifact(path, bandwidth)
+    stored = open_stored(path)
+    if is_adapter(stored):
+        return _describe_adapter(path, stored)
+    if is_tuned_state(stored):
+        return _describe_tuned_state(path, stored)
+    return _describe_checkpoint(path, bandwidth)
+
+
+def _describe_adapter(path: Path, stored: Checkpoint) -> dict[str, Any]:
+    adapter = read_adapter(stored)
+    return {
+        "kind": "adapter",
+        "method": adapter.kind,
+        "ranks": adapter.ranks,
+        "layers": adapter.layers,
+        "targets": adapter.target_kinds,
+        "whole_tensors": len(adapter.whole),
+        "needs_alpha": adapter.is_lora,
+        **_file(path, stored),
+    }
+
+
+def _describe_tuned_state(path: Path, stored: Checkpoint) -> dict[str, Any]:
+    names = tuned_state_names(stored)
+    first = next((stored.tensors[name].shape for name in names["wkv"].values()), ())
+    return {
+        "kind": "tuned state",
+        "layers": sorted(names["wkv"]),
+        "shape": list(first),
+        "token_shifts": bool(names["att_shift"] or names["ffn_shift"]),
+        **_file(path, stored),
+    }
+
+
+def _file(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    infos = checkpoint.tensors.values()
+    return {
+        "path": str(path),
+        "layout": checkpoint.layout,
+        "parameters": sum(info.numel for info in infos),
+        "dtypes": sorted({info.dtype for info in infos}),
+        "tensors": len(infos),
+        "file_bytes": sum(info.nbytes for info in infos),
+    }
 
 
 def _describe_checkpoint(path: Path, bandwidth: float | None) -> dict[str, Any]:
@@ -40,13 +88,9 @@ def _describe_checkpoint(path: Path, bandwidth: float | None) -> dict[str, Any]:
         tokens[precision] = _bounds(nbytes, model.spec, bandwidth)
     return {
         "kind": "checkpoint",
-        "path": str(path),
-        "layout": checkpoint.layout,
+        **_file(path, checkpoint),
         **_dimensions(spec),
-        "parameters": sum(info.numel for info in checkpoint.tensors.values()),
-        "dtypes": sorted({info.dtype for info in checkpoint.tensors.values()}),
-        "tensors": len(checkpoint.tensors),
-        "file_bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "tuned_state_layers": len(tuned_state_names(checkpoint)["wkv"]),
         "weight_bytes": weights,
         "state_bytes": spec.state_nbytes,
         "tokens_per_second_bound": tokens,

@@ -151,7 +151,8 @@ def tokens_for_streams(ids: list[int], batch: int, length: int, vocab_size: int)
 def _worst_tensor(
     found: Mapping[str, np.ndarray], expected: Mapping[str, torch.Tensor], least: float
 ) -> tuple[str, float]:
-    """The state tensor with the largest |difference| relative to its largest |value|, which counts as at least ``least``.
+    """The state tensor with the largest |difference| relative to its largest |value|, which counts as at least
+    ``least``.
 
     NaN counts as infinite.
     """

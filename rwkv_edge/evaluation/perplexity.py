@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def likelihood(
         raise InputError("a likelihood needs at least two tokens")
     state = session.initial_state()
     nats = 0.0
-    for token, following in zip(tokens[:-1], tokens[1:], strict=True):
+    for token, following in pairwise(tokens):
         logits = session.step([token], state)[0].astype(np.float64)
         peak = logits.max()
         nats += float(peak + np.log(np.exp(logits - peak).sum()) - logits[following])

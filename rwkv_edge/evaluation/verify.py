@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.checkpoints.adapters import open_merged
 from rwkv_edge.evaluation.parity import SAMPLE_TEXT, ParityReport, compare_with_reference, tokens_for_streams
 from rwkv_edge.models.torch_ops import TorchModel
 from rwkv_edge.models.versions import model_from_checkpoint
@@ -27,6 +27,8 @@ def verify_artifact(
     tolerance: float | None = None,
     providers: Sequence[str] | None = None,
     threads: int = 0,
+    lora: Path | None = None,
+    lora_alpha: float | None = None,
 ) -> ParityReport:
     """Compare an artifact with the checkpoint that it came from.
 
@@ -38,12 +40,14 @@ def verify_artifact(
         tolerance: relative bound; by precision where None.
         providers: of ONNX Runtime.
         threads: of ONNX Runtime.
+        lora: the adapter that was merged at export.
+        lora_alpha: its alpha.
 
     Raises:
         RwkvEdgeError: either side cannot be opened, or they are different models.
     """
     artifact = Artifact.open(artifact_path)
-    reference = TorchModel(model_from_checkpoint(open_checkpoint(checkpoint_path)))
+    reference = TorchModel(model_from_checkpoint(open_merged(checkpoint_path, lora, lora_alpha)))
     session = open_session(artifact_path, providers=providers, threads=threads)
     try:
         spec = artifact.manifest.spec

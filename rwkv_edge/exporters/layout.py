@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
 from rwkv_edge.models.params import Param
 
 WEIGHTS_FILE = "weights.bin"
+INDEX_FILE = "weights.json"
 PAGE = 65536  # bytes; the mapping granularity of Windows, a multiple of every page size that matters
 PAGE_FROM = 1 << 20  # tensors from this size on start on a page, so that runtimes can map them
 
@@ -50,3 +53,12 @@ class WeightLayout:
             shape=ir.Shape(place.param.shape),
             name=name,
         )
+
+
+def write_index(layout: WeightLayout, path: Path) -> None:
+    """Write what lies where in weights.bin, so that runtimes and other programs can map it without ONNX."""
+    lines = [
+        json.dumps({"name": name, "dtype": p.dtype, "shape": p.param.shape, "offset": p.offset, "nbytes": p.length})
+        for name, p in layout.placed.items()
+    ]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
-from onnxscript import GraphBuilder
 
 from rwkv_edge.artifact import FileEntry, GraphEntry, Manifest, artifact_folder, file_entry, write_manifest
 from rwkv_edge.checkpoints import Checkpoint
-from rwkv_edge.errors import ExportError, InputError
-from rwkv_edge.exporters.layout import WEIGHTS_FILE, WeightLayout
-from rwkv_edge.exporters.tracer import DATA_TYPES, FUNCTION_DOMAIN, OPSET, Symbol, Tracer
+from rwkv_edge.errors import InputError
+from rwkv_edge.exporters.chunks import MAX_TOKENS
+from rwkv_edge.exporters.graphs import GraphForm, check_graph, write_graph
+from rwkv_edge.exporters.initial_state import STATE_FILE, write_initial_state
+from rwkv_edge.exporters.layout import INDEX_FILE, WEIGHTS_FILE, WeightLayout, write_index
 from rwkv_edge.exporters.weights import Progress, write_weights
 from rwkv_edge.models.versions import Model, model_from_checkpoint
 from rwkv_edge.spec import PRECISIONS
 from rwkv_edge.tokenizers import Tokenizer, save_tokenizer, tokenizer_for_vocabulary
 
-IR_VERSION = 10
-SPEC_KEY = "rwkv_edge.spec"
 WKV_FORMS = ("inline", "function")
-HEADROOM = 1 << 22  # bytes of graphs, manifest and tokenizer beside the weights
+DEFAULT_CHUNKS = (16, 64)
+HEADROOM = 1 << 24  # bytes of graphs, manifest and tokenizer beside the weights
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,12 @@ class ExportOptions:
     Attributes:
         precision: 'fp32', 'fp16' or 'bf16', of weights and activations; the recurrence stays in float32.
         batch: streams per step; None for a dynamic axis.
-        wkv: 'inline' for plain operators, 'function' for the local function ``rwkv::wkv7_step``.
+        wkv: 'inline' for plain operators, 'function' for the local functions ``rwkv::wkvN_step``.
         tokenizer: 'world', 'bytes', 'none', a path to tokenizer.json, or None to choose by the vocabulary size.
         rescale: layers after which the residual stream is halved, 0 for never; None for 6 in fp16 of RWKV-4 to 6.
         state: a tuned state to begin with, or None.
+        chunks: lengths of the prefill graphs, each from 2 to 64.
+        all_logits: also write, for the longest chunk, a graph that gives the logits of every token.
     """
 
     precision: str = "fp32"
@@ -49,12 +49,19 @@ class ExportOptions:
     tokenizer: str | None = None
     rescale: int | None = None
     state: Path | None = None
+    chunks: tuple[int, ...] = DEFAULT_CHUNKS
+    all_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not '{self.precision}'")
         if self.wkv not in WKV_FORMS:
             raise InputError(f"wkv must be one of {', '.join(WKV_FORMS)}, not '{self.wkv}'")
+        for chunk in self.chunks:
+            if not 2 <= chunk <= MAX_TOKENS:
+                raise InputError(f"a chunk must have from 2 to {MAX_TOKENS} tokens, not {chunk}")
+        if self.all_logits and not self.chunks:
+            raise InputError("all logits are those of a chunk, but there is none; give --chunk 64")
 
 
 def export_checkpoint(
@@ -88,89 +95,47 @@ def export_checkpoint(
     layout = WeightLayout(model.params, model.spec.act_dtype)
     report = progress(layout.nbytes) if progress else lambda _: None
     with artifact_folder(target, layout.nbytes + HEADROOM) as folder:
-        graphs = _write_graphs(model, layout, options, folder)
+        tuned = write_initial_state(model, options.state, folder)
+        graphs = [write_graph(model, layout, form, place, folder) for form, place in _forms(options)]
+        write_index(layout, folder / INDEX_FILE)
         digest, spoiled = write_weights(layout, checkpoint, folder / WEIGHTS_FILE, report)
         for entry in graphs:
             check_graph(folder / entry.file)
-        manifest = _manifest(model, graphs, tokenizer, folder, digest, spoiled)
+        manifest = _manifest(model, graphs, tokenizer, folder, digest, spoiled, tuned)
         write_manifest(folder, manifest)
     return manifest
 
 
-def onnx_from_model(model: Model, layout: WeightLayout, wkv: str, widen: bool = False) -> ir.Model:
-    """The step graph, with weights that refer to weights.bin.
+def _forms(options: ExportOptions) -> list[tuple[GraphForm, str]]:
+    """The graphs of an artifact and what each is for.
 
-    Args:
-        model: spec and step.
-        layout: places of the parameters.
-        wkv: 'inline' or 'function'.
-        widen: compute in float32 whatever the weights' dtype; inputs and outputs stay the same.
+    In bfloat16, which ONNX Runtime's CPU provider has few operators for, each has a widened twin.
     """
-    spec = model.spec
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=f"rwkv{spec.version}_step")
-    builder = GraphBuilder(graph)
-    tracer = Tracer(builder, spec, layout, wkv, compute="float32" if widen else None)
-    batch = spec.batch if spec.batch is not None else "batch"
-    token = tracer.symbol(builder.input("token", ir.DataType.INT64, [batch]))
-    state = {t.name: tracer.symbol(builder.input(t.name, DATA_TYPES[t.dtype], [batch, *t.shape])) for t in spec.state}
-    inner = {name: tracer.act(value) if widen else value for name, value in state.items()}
-    logits, after = model.architecture.step(tracer, spec, token, inner)
-    _output(tracer, "logits", logits, ir.DataType.FLOAT, [batch, spec.vocab_size])
-    for t in spec.state:
-        _output(tracer, f"{t.name}.out", after[t.name], DATA_TYPES[t.dtype], [batch, *t.shape])
-    found = ir.Model(graph, ir_version=IR_VERSION, producer_name="rwkv-edge", producer_version=version("rwkv-edge"))
-    for function in builder.functions.values():
-        found.functions[function.identifier()] = function
-        graph.opset_imports[FUNCTION_DOMAIN] = 1
-    found.metadata_props[SPEC_KEY] = json.dumps(spec.to_json())
-    for node in graph:
-        node.metadata_props.clear()  # the builder's module scopes, which nobody reads
-    return found
-
-
-def check_graph(path: Path) -> None:
-    """Run the full check of `onnx.checker`, shape inference included.
-
-    Raises:
-        ExportError: the graph is not valid ONNX.
-    """
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path.name} fails the ONNX checker: {error}") from error
-
-
-def _output(tracer: Tracer, name: str, symbol: Symbol, dtype: ir.DataType, shape: list[Any]) -> None:
-    value = symbol.value
-    if value.dtype != dtype:
-        value = tracer.op.Cast(value, to=dtype)
-    if value.is_graph_input() or value.is_graph_output():
-        value = tracer.op.Identity(value)
-    value.type = ir.TensorType(dtype)
-    value.shape = ir.Shape(shape)
-    tracer.builder.add_output(value, name)
-
-
-def _write_graphs(model: Model, layout: WeightLayout, options: ExportOptions, folder: Path) -> list[GraphEntry]:
-    """step.onnx; and for bfloat16, which ONNX Runtime's CPU provider has few operators for, its widened twin."""
-    forms = [("step.onnx", "any", False)]
-    if options.precision == "bf16":
-        forms = [("step.onnx", "gpu", False), ("step.cpu.onnx", "cpu", True)]
-    entries = []
-    for file, target, widen in forms:
-        graph = onnx_from_model(model, layout, options.wkv, widen)
-        ir.save(graph, folder / file)
-        entries.append(GraphEntry(file, "step", 1, target, len(graph.graph), options.wkv))
-    return entries
+    forms = [GraphForm("step", 1, options.wkv)]
+    forms += [GraphForm("prefill", chunk) for chunk in sorted(set(options.chunks))]
+    if options.all_logits:
+        forms.append(GraphForm("score", max(options.chunks)))
+    if options.precision != "bf16":
+        return [(form, "any") for form in forms]
+    twins = [GraphForm(form.kind, form.tokens, form.wkv, widened=True) for form in forms]
+    return [(form, "gpu") for form in forms] + [(form, "cpu") for form in twins]
 
 
 def _manifest(
-    model: Model, graphs: list[GraphEntry], tokenizer: Tokenizer | None, folder: Path, digest: str, spoiled: list[str]
+    model: Model,
+    graphs: list[GraphEntry],
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    digest: str,
+    spoiled: list[str],
+    tuned: bool,
 ) -> Manifest:
     entry = save_tokenizer(tokenizer, folder) if tokenizer else None
+    names = [*(graph.file for graph in graphs), INDEX_FILE]
+    names += [STATE_FILE] if tuned else []
+    names += [entry["file"]] if entry and entry["file"] else []
     files: dict[str, FileEntry] = {WEIGHTS_FILE: file_entry(folder / WEIGHTS_FILE, digest)}
-    for name in [*(graph.file for graph in graphs), *([entry["file"]] if entry and entry["file"] else [])]:
-        files[name] = file_entry(folder / name)
+    files.update((name, file_entry(folder / name)) for name in names)
     warnings = [f"NaN or infinity in {', '.join(sorted(set(spoiled)))}"] if spoiled else []
     return Manifest(
         spec=model.spec,
@@ -181,6 +146,7 @@ def _manifest(
         source=_source(model),
         tools={"rwkv-edge": version("rwkv-edge"), "onnx": onnx.__version__, "python": platform.python_version()},
         warnings=tuple(warnings),
+        initial_state=STATE_FILE if tuned else None,
     )
 
 

@@ -1,4 +1,5 @@
-"""The recurrences of one token in plain operators of opset 21: inlined, or the bodies of the local functions ``rwkv::wkvN_step``.
+"""The recurrences of one token in plain operators of opset 21: inlined, or the bodies of the local functions
+``rwkv::wkvN_step``.
 
 Every function takes the builder of operators first; B streams, H heads of size N, everything float32.
 """

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, build_function
 
@@ -177,7 +178,7 @@ class Tracer:
 
     def head_norm(self, x: Symbol, eps: float) -> Symbol:
         """LayerNormalization over each head, with a scale of ones."""
-        ones = self._constant_vector("head_norm.ones", [1.0] * self._spec.head_size)
+        ones = self._constant("head_norm.ones", np.ones(self._spec.head_size))
         return self.symbol(self.op.LayerNormalization(x.value, ones, axis=-1, epsilon=eps))
 
     def head_sum(self, x: Symbol) -> Symbol:
@@ -269,8 +270,9 @@ class Tracer:
     def _reshape(self, x: Symbol, shape: list[int]) -> Symbol:
         return self.symbol(self.op.Reshape(x.value, shape))
 
-    def _constant_vector(self, name: str, values: list[float]) -> ir.Value:
+    def _constant(self, name: str, value: np.ndarray) -> ir.Value:
+        """A small float32 initializer inside the graph, made once."""
         if name not in self._params:
-            tensor = ir.tensor(values, dtype=ir.DataType.FLOAT, name=name)
+            tensor = ir.tensor(value.astype(np.float32), name=name)
             self._params[name] = self.symbol(self.builder.initializer(tensor, name=name))
         return self._params[name].value

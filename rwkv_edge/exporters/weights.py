@@ -29,7 +29,7 @@ class _Sink:
         self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._queue: queue.Queue[bytes | memoryview | None] = queue.Queue(maxsize=2)
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -38,7 +38,7 @@ class _Sink:
             if self._error is None:
                 try:
                     self._write(memoryview(block))
-                except OSError as error:
+                except Exception as error:  # usually a full disk; the caller raises it
                     self._error = error  # keep emptying the queue, so that the caller is not held up
 
     def _write(self, block: memoryview) -> None:
@@ -87,9 +87,9 @@ def write_weights(
     import torch
 
     spoiled: list[str] = []
+    sink = _Sink(path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the copies are bound by memory; measured, more threads only get in the sink's way
-    sink = _Sink(path)
     try:
         position = 0
         for place in layout.placed.values():

@@ -30,6 +30,8 @@ class Architecture:
         step: the model itself, for any interpreter.
         keep_float: parts of parameter names that quantization must leave alone.
         fp16_rescale: layers after which the residual stream must be halved in float16; 0 for never.
+        tuned_state_transposed: whether files of state tuning, which are [head, value, key], must be transposed to be
+        the state of this version.
     """
 
     version: str
@@ -38,3 +40,4 @@ class Architecture:
     step: StepFunction
     keep_float: tuple[str, ...]
     fp16_rescale: int = 0
+    tuned_state_transposed: bool = False

@@ -4,8 +4,8 @@ Two interpreters run it: `rwkv_edge.models.torch_ops` (eager torch, the referenc
 `rwkv_edge.exporters.tracer` (symbolic values that record an ONNX graph).
 
 Shapes in all docstrings: R rows = batch × tokens, D width, H heads, N head size. Row-wise operations see [R, D] whether
-the graph is a single step (R = B) or a sequence (R = B·T); only `token_shift`, the WKV operations and `last_row` know of
-time.
+the graph is a single step (R = B) or a sequence (R = B·T); only `token_shift`, the WKV operations and `last_row` know
+of time.
 A mixed value may carry a leading axis of 1, [1, R, D], which every operation accepts.
 """
 

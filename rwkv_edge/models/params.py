@@ -169,7 +169,7 @@ def batched_low_rank(header: Header, name: str, source: str, count: int, n_in: i
 def transformed(
     header: Header, name: str, source: str, shape: tuple[int, ...], function: Function, stored: tuple[int, ...] = ()
 ) -> Param:
-    """``function`` of a tensor, taken in float32 and kept so; ``stored`` is broadcast to ``shape`` where it is smaller."""
+    """``function`` of a tensor, taken in float32 and kept so; ``stored`` is its shape before it is broadcast."""
     header.expect(source, stored or shape)
 
     def recipe(sources: Sequence[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:

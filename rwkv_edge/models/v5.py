@@ -1,7 +1,8 @@
 """RWKV-5 "Eagle" (https://arxiv.org/abs/2404.05892) in its three forms.
 
-5.0 has no gate, 5.0 and 5.1 have one decay per head, 5.2 one per channel. Reference: the `rwkv` package (0.8.32), which keeps
-receptance, key, value, the recurrence and the group norm in float32. The group norm's eps is 64e-5; S is [key, value].
+5.0 has no gate, 5.0 and 5.1 have one decay per head, 5.2 one per channel. Reference: the `rwkv` package (0.8.32),
+which keeps receptance, key, value, the recurrence and the group norm in float32. The group norm's eps is 64e-5; S is
+[key, value].
 """
 
 from __future__ import annotations
@@ -187,7 +188,13 @@ class _Step:
 
 def _architecture(version: str, gated: bool) -> Architecture:
     return Architecture(
-        version, partial(describe, version), partial(params, gated), _Step(gated), KEEP_FLOAT, fp16_rescale=6
+        version,
+        partial(describe, version),
+        partial(params, gated),
+        _Step(gated),
+        KEEP_FLOAT,
+        6,
+        tuned_state_transposed=True,
     )
 
 

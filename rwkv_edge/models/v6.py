@@ -1,7 +1,7 @@
 """RWKV-6 "Finch" (https://arxiv.org/abs/2404.05892).
 
-Reference: the `rwkv` package (0.8.32), which keeps receptance, key, value, the recurrence and the group norm in float32. The
-group norm's eps is 64e-5; S is [key, value]; the order of the dynamic mixes is w, k, v, r, g.
+Reference: the `rwkv` package (0.8.32), which keeps receptance, key, value, the recurrence and the group norm in
+float32. The group norm's eps is 64e-5; S is [key, value]; the order of the dynamic mixes is w, k, v, r, g.
 """
 
 from __future__ import annotations
@@ -147,4 +147,6 @@ def channel_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[s
     return ops.sigmoid(ops.linear(x_r, f"{ffn}.receptance")) * ops.linear(hidden, f"{ffn}.value")
 
 
-ARCHITECTURES = {"6": Architecture("6", describe, params, step, KEEP_FLOAT, fp16_rescale=6)}
+ARCHITECTURES = {
+    "6": Architecture("6", describe, params, step, KEEP_FLOAT, fp16_rescale=6, tuned_state_transposed=True)
+}

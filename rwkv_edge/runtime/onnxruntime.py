@@ -5,112 +5,109 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rwkv_edge.artifact import Artifact
-from rwkv_edge.errors import ArtifactError, MissingDependencyError, RwkvEdgeError, SessionError
-from rwkv_edge.runtime.session import (
-    checked_batch,
-    checked_tokens,
-    named_from_stored,
-    spec_from_metadata,
-    stored_from_named,
+from rwkv_edge.artifact import MANIFEST, Artifact, GraphEntry
+from rwkv_edge.errors import ArtifactError, RwkvEdgeError
+from rwkv_edge.runtime.initial import initial_arrays
+from rwkv_edge.runtime.ort_graph import (
+    CPU,
+    OrtGraph,
+    SharedWeights,
+    checked_graph,
+    checked_providers,
+    open_graph,
+    spec_of,
 )
+from rwkv_edge.runtime.ort_state import OrtState
+from rwkv_edge.runtime.session import checked_batch, checked_tokens, named_from_stored, stored_from_named
 from rwkv_edge.spec import ModelSpec, stored_from_float32
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-SPEC_KEY = "rwkv_edge.spec"
-CPU = "CPUExecutionProvider"
-_ONNX_TYPE = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # TensorProto.DataType
-
-
-class OrtState:
-    """Two sets of state tensors that take turns: a step reads one and writes the other.
-
-    The shift states must not share memory with their outputs: ONNX Runtime may write an output before it read the
-    input.
-    """
-
-    def __init__(self, session: onnxruntime.InferenceSession, spec: ModelSpec, stored: dict[str, np.ndarray]) -> None:
-        """``stored`` becomes the current set; it is owned from now on."""
-        self.batch = next(iter(stored.values())).shape[0]
-        self.tokens = np.zeros(self.batch, np.int64)
-        self.logits = np.zeros((self.batch, spec.vocab_size), np.float32)
-        self.sets = (stored, {name: np.zeros_like(array) for name, array in stored.items()})
-        self.current = 0
-        self._bindings = [self._binding(session, spec, self.sets[i], self.sets[1 - i]) for i in (0, 1)]
-
-    def _binding(
-        self,
-        session: onnxruntime.InferenceSession,
-        spec: ModelSpec,
-        before: Mapping[str, np.ndarray],
-        after: Mapping[str, np.ndarray],
-    ) -> Any:
-        binding = session.io_binding()
-        dtypes = {t.name: t.dtype for t in spec.state}
-        inputs = [("token", "int64", self.tokens), *((n, dtypes[n], a) for n, a in before.items())]
-        outputs = [("logits", "float32", self.logits), *((f"{n}.out", dtypes[n], a) for n, a in after.items())]
-        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-            for name, dtype, array in tensors:
-                bind(name, "cpu", 0, _ONNX_TYPE[dtype], list(array.shape), array.ctypes.data)
-        return binding
-
-    def advance(self, session: onnxruntime.InferenceSession) -> None:
-        """One step from ``tokens`` to ``logits``; the other set becomes the current one."""
-        session.run_with_iobinding(self._bindings[self.current])
-        self.current = 1 - self.current
+WEIGHTS_FILE = "weights.bin"
+INDEX_FILE = "weights.json"
 
 
 class OrtSession:
-    """`rwkv_edge.runtime.session.Session` over ONNX Runtime."""
+    """`rwkv_edge.runtime.session.Session` over ONNX Runtime.
+
+    The graphs of chunks are opened when a prompt first needs them. In fp32 on the CPU they stay open, since all graphs
+    read the same mapped weights. In half precisions that provider widens the weights for every graph; there they are
+    dropped after the prompt, so that decoding holds one copy.
+    """
 
     def __init__(
         self, artifact: Artifact, providers: Sequence[str] | None = None, threads: int = 0, check_content: bool = True
     ) -> None:
         """See `rwkv_edge.runtime.session.open_session`."""
-        chosen = checked_providers(providers)
-        entry = artifact.graph("step", "cpu" if chosen[0] == CPU else "gpu")
+        self._providers, self._threads = checked_providers(providers), threads
+        self._target = "cpu" if self._providers[0] == CPU else "gpu"
+        self._artifact: Artifact | None = artifact
+        self.spec = artifact.manifest.spec
         self.model_hash: str | None = artifact.manifest.model_hash
+        step = artifact.graph("step", self._target)
+        if check_content:  # small files first: a damaged graph can crash the parser
+            artifact.check_content(*(name for name in artifact.manifest.files if name != WEIGHTS_FILE))
         check = _ContentCheck(artifact) if check_content else None
         try:
-            self._session = _open(artifact.path / entry.file, chosen, threads)
+            self._weights = self._shared_weights(artifact)
+            self._step = self._open(step)
         finally:
             if check is not None:
                 check.join()  # a damaged file explains what the backend says about it
-        self.spec = artifact.manifest.spec
-        _check_inputs(self._session, self.spec, artifact.path / entry.file)
+        if spec_of(self._step.session, artifact.path / step.file) != self.spec:
+            raise ArtifactError(
+                f"{artifact.path / MANIFEST} describes another model than {step.file}; export the checkpoint again"
+            )
+        self._start = initial_arrays(artifact)
+        self._chunks: dict[str, OrtGraph] = {}
+        self._keep_chunks = self._target != "cpu" or self.spec.precision == "fp32"
 
     def initial_state(self, batch: int = 1) -> OrtState:
         """See `Session.initial_state`, as for all that follows."""
         checked_batch(batch, self.spec)
-        stored = {
-            t.name: stored_from_float32(np.full((batch, *t.shape), t.fill, np.float32), t.dtype)
-            for t in self.spec.state
-        }
-        return OrtState(self._session, self.spec, stored)
+        stored = {}
+        for t in self.spec.state:
+            value = np.full(t.shape, t.fill, np.float32) if t.name not in self._start else self._start[t.name]
+            stored[t.name] = stored_from_float32(np.repeat(value[None], batch, axis=0), t.dtype)
+        return OrtState(self.spec, stored)
 
     def step(self, tokens: Sequence[int] | np.ndarray, state: OrtState) -> np.ndarray:
         """One token for each stream."""
-        state.tokens[:] = checked_tokens(tokens, 1, state.batch, self.spec)
-        state.advance(self._session)
-        return state.logits.copy()
+        return state.run(self._step, checked_tokens(tokens, 1, state.batch, self.spec)).copy()
 
     def prefill(self, tokens: Sequence[Sequence[int]] | np.ndarray, state: OrtState) -> np.ndarray:
-        """T tokens for each stream, one step each."""
-        columns = checked_tokens(tokens, 2, state.batch, self.spec).T
-        for column in columns:
-            state.tokens[:] = column
-            state.advance(self._session)
-        return state.logits.copy()
+        """Largest chunks first, then smaller ones, then single steps."""
+        array = checked_tokens(tokens, 2, state.batch, self.spec)
+        at = 0
+        logits = np.empty(0, np.float32)
+        for entry in self._chunk_entries("prefill"):
+            while array.shape[1] - at >= entry.tokens:
+                logits = state.run(self._chunk(entry), array[:, at : at + entry.tokens])
+                at += entry.tokens
+        for column in array[:, at:].T:
+            logits = state.run(self._step, column)
+        self._drop_chunks()
+        return logits.copy()
+
+    def score(self, tokens: Sequence[Sequence[int]] | np.ndarray, state: OrtState) -> np.ndarray:
+        """Chunks that give all logits where the artifact has them, then single steps."""
+        array = checked_tokens(tokens, 2, state.batch, self.spec)
+        logits = np.empty((*array.shape, self.spec.vocab_size), np.float32)
+        at = 0
+        for entry in self._chunk_entries("score"):
+            while array.shape[1] - at >= entry.tokens:
+                part = slice(at, at + entry.tokens)
+                logits[:, part] = state.run(self._chunk(entry), array[:, part])
+                at += entry.tokens
+        for t in range(at, array.shape[1]):
+            logits[:, t] = state.run(self._step, array[:, t])
+        self._drop_chunks()
+        return logits
 
     def copy_state(self, state: OrtState) -> OrtState:
         """A state of its own memory."""
-        return OrtState(self._session, self.spec, {n: a.copy() for n, a in state.sets[state.current].items()})
+        return OrtState(self.spec, {n: a.copy() for n, a in state.sets[state.current].items()})
 
     def export_state(self, state: OrtState) -> dict[str, np.ndarray]:
         """Copies by name."""
@@ -120,90 +117,70 @@ class OrtSession:
         """A state with these values."""
         stored = stored_from_named(arrays, self.spec)
         checked_batch(stored[self.spec.state[0].name].shape[0], self.spec)
-        return OrtState(self._session, self.spec, stored)
+        return OrtState(self.spec, stored)
 
     def close(self) -> None:
-        """Drop the session."""
-        if hasattr(self, "_session"):
-            del self._session
+        """Drop all graphs and the mapping of the weights."""
+        self._chunks.clear()
+        for name in ("_step", "_weights"):
+            if hasattr(self, name):
+                delattr(self, name)
+
+    def _shared_weights(self, artifact: Artifact) -> SharedWeights | None:
+        if self._target != "cpu":
+            return None  # other providers copy them to their device
+        return SharedWeights(artifact.path / INDEX_FILE, artifact.path / WEIGHTS_FILE)
+
+    def _open(self, entry: GraphEntry) -> OrtGraph:
+        assert self._artifact is not None
+        path = self._artifact.path / entry.file
+        session = open_graph(path, self._providers, self._threads, self._weights)
+        return checked_graph(session, self.spec, path, entry.tokens, entry.kind == "score")
+
+    def _chunk_entries(self, kind: str) -> list[GraphEntry]:
+        """Graphs of chunks for this target, longest first."""
+        graphs = self._artifact.manifest.graphs if self._artifact else ()
+        fitting = [g for g in graphs if g.kind == kind and g.target in (self._target, "any")]
+        return sorted(fitting, key=lambda g: -g.tokens)
+
+    def _chunk(self, entry: GraphEntry) -> OrtGraph:
+        if entry.file not in self._chunks:
+            self._chunks[entry.file] = self._open(entry)
+        return self._chunks[entry.file]
+
+    def _drop_chunks(self) -> None:
+        if not self._keep_chunks:
+            self._chunks.clear()
+
+
+class _BareSession(OrtSession):
+    """A session of a graph that lies beside its weights, without a manifest: single steps only."""
+
+    def __init__(self, path: Path, providers: Sequence[str] | None, threads: int) -> None:
+        self._providers, self._threads = checked_providers(providers), threads
+        self._target = "cpu" if self._providers[0] == CPU else "gpu"
+        self._artifact = None
+        self._weights = None
+        session = open_graph(path, self._providers, threads, None)
+        self.spec: ModelSpec = spec_of(session, path)
+        self.model_hash = None
+        self._step = checked_graph(session, self.spec, path)
+        self._start = {}
+        self._chunks = {}
+        self._keep_chunks = True
 
 
 def session_from_graph(path: Path, providers: Sequence[str] | None = None, threads: int = 0) -> OrtSession:
-    """A session from a bare graph, described by its own metadata.
+    """A session from a bare step graph, described by its own metadata.
 
     Raises:
         SessionError: it cannot be opened, or does not describe itself.
     """
-    session = OrtSession.__new__(OrtSession)
-    session._session = _open(path, checked_providers(providers), threads)
-    session.spec = spec_from_metadata(session._session.get_modelmeta().custom_metadata_map.get(SPEC_KEY), path)
-    session.model_hash = None
-    _check_inputs(session._session, session.spec, path)
-    return session
-
-
-def checked_providers(providers: Sequence[str] | None) -> list[str]:
-    """The providers to use.
-
-    Raises:
-        SessionError: one is not available; the message lists those that are.
-        MissingDependencyError: ONNX Runtime is not installed.
-    """
-    ort = _onnxruntime()
-    available = ort.get_available_providers()
-    chosen = list(providers) if providers else [CPU]
-    for provider in chosen:
-        if provider not in available:
-            raise SessionError(f"provider '{provider}' is not available here; available are {', '.join(available)}")
-    return chosen
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "ort", "running a model on this backend") from error
-    return onnxruntime
-
-
-def _open(path: Path, providers: list[str], threads: int) -> Any:
-    ort = _onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors; warnings about fallbacks are checked below
-    if not path.is_file():
-        raise SessionError(f"{path} does not exist")
-    try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-        raise SessionError(f"ONNX Runtime cannot open {path}: {str(error).splitlines()[0][:300]}") from error
-    if session.get_providers()[0] != providers[0]:
-        raise SessionError(
-            f"ONNX Runtime could not start '{providers[0]}' and would run on {session.get_providers()[0]} instead; "
-            "check its driver and libraries, or name the other provider"
-        )
-    return session
-
-
-def _check_inputs(session: Any, spec: ModelSpec, path: Path) -> None:
-    """The graph must take and give what the spec says, since raw memory is bound to it."""
-    found = {x.name: (x.type, tuple(x.shape[1:])) for x in (*session.get_inputs(), *session.get_outputs())}
-    expected = {"token": ("tensor(int64)", ()), "logits": ("tensor(float)", (spec.vocab_size,))}
-    kinds = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
-    for t in spec.state:
-        expected[t.name] = expected[f"{t.name}.out"] = (kinds[t.dtype], t.shape)
-    if found != expected:
-        odd = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
-        raise SessionError(
-            f"{path} has '{odd}' as {found.get(odd)}, but its spec says {expected.get(odd)}; export it again"
-        )
-    batch = session.get_inputs()[0].shape[0]
-    if (batch if isinstance(batch, int) else None) != spec.batch:
-        raise SessionError(f"{path} takes batch {batch}, but its spec says {spec.batch}; export it again")
+    return _BareSession(path, providers, threads)
 
 
 class _ContentCheck:
-    """`Artifact.check_content` beside the loading, which reads the same files."""
+    """`Artifact.check_content` of the weights beside the loading, which reads the same file."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
@@ -213,7 +190,7 @@ class _ContentCheck:
 
     def _run(self) -> None:
         try:
-            self._artifact.check_content()
+            self._artifact.check_content(WEIGHTS_FILE)
         except ArtifactError as error:
             self._error = error
 

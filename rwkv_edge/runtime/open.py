@@ -62,5 +62,7 @@ def open_model(
     elif entry is None:
         raise TokenizerError(f"{path} was exported without a tokenizer; give one with --tokenizer NAME|FILE")
     else:
+        if entry["file"] is not None:
+            artifact.check_content(entry["file"])  # first: a damaged vocabulary may read as another one
         found = load_tokenizer(artifact.path, entry)
     return OpenModel(open_session(path, backend, providers, threads), found)

@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.errors import InputError, SessionError, StateError
+from rwkv_edge.errors import ArtifactError, InputError, SessionError, StateError
 from rwkv_edge.spec import ModelSpec, float32_from_stored, stored_from_float32
 
 BACKENDS = ("auto", "onnxruntime")
+MAX_THREADS = 256  # a backend starts them all at once: a million is the end of the process
 
 
 class State(Protocol):
@@ -68,6 +69,10 @@ class Session(Protocol[S]):
         """Feed tokens [B, T ≥ 1] to each stream; returns the logits [B, V] float32 after the last."""
         ...
 
+    def score(self, tokens: Sequence[Sequence[int]] | np.ndarray, state: S) -> np.ndarray:
+        """Feed tokens [B, T ≥ 1] to each stream; returns the logits [B, T, V] float32 after every one of them."""
+        ...
+
     def copy_state(self, state: S) -> S:
         """An independent copy: the fork of a stream."""
         ...
@@ -112,8 +117,8 @@ def open_session(
     """
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not '{backend}'")
-    if threads < 0:
-        raise InputError(f"threads must be 0 (automatic) or more, not {threads}")
+    if not 0 <= threads <= MAX_THREADS:
+        raise InputError(f"threads must be 0 (automatic) or up to {MAX_THREADS}, not {threads}")
     from rwkv_edge.runtime.onnxruntime import OrtSession, session_from_graph
 
     path = Path(path)
@@ -132,7 +137,7 @@ def spec_from_metadata(text: str | None, path: Path) -> ModelSpec:
         raise SessionError(f"{path} does not describe itself, so it was not exported by rwkv-edge; export it again")
     try:
         return ModelSpec.from_json(json.loads(text))
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError, ArtifactError) as error:
         raise SessionError(f"{path} has damaged metadata ({error}); export it again") from error
 
 

@@ -1,4 +1,5 @@
-"""RWKV-4 to 7a against the `rwkv` package on random checkpoints with every oddity, and against the models in ../shared."""
+"""RWKV-4 to 7a against the `rwkv` package on random checkpoints with every oddity, and against the models in
+../shared."""
 
 from __future__ import annotations
 
@@ -111,27 +112,26 @@ def test_trained_model_of_version_5(
 
 
 def loud(weights: Weights, factor: float) -> Weights:
-    """The same model with what adds to the residual stream scaled up by ``factor``, and more in later layers."""
+    """The same model with what adds to the residual stream, and the stream's beginning, scaled up by ``factor``."""
     scaled = dict(weights)
     for name, tensor in weights.items():
-        growth = factor * 2 ** (int(name.split(".")[1]) // 6) if name.startswith("blocks.") else 1.0
-        if name.endswith("att.output.weight"):
-            scaled[name] = tensor * growth
+        if name.endswith("att.output.weight") or ".ln0." in name:
+            scaled[name] = tensor * factor
         elif name.endswith("ffn.key.weight"):
-            scaled[name] = tensor * 12  # its square is the larger part of the factor: weights stay near 1
+            scaled[name] = tensor * 12  # its square is a part of the factor: weights stay in an ordinary range
         elif name.endswith("ffn.value.weight"):
-            scaled[name] = tensor * growth / 144
+            scaled[name] = tensor * factor / 144
     return scaled
 
 
 @pytest.mark.parametrize("version", ["4", "5.2", "6"])
 def test_activations_beyond_fp16_stay_finite_in_fp16(version: str, tmp_path: Path) -> None:
-    shape = Shape(24, 64, head_size=32)
-    makers = {"4": random_v4, "5.2": random_v5, "6": random_v6}
-    path = save_pth(loud(makers[version](shape), 5_000.0), tmp_path / "model.pth")
+    make = {"4": random_v4, "5.2": random_v5, "6": random_v6}[version]
+    weights = make(Shape(24, 64, head_size=32))
     tokens = random_tokens(32, 256)
-    largest = residual_peak(path, tokens)
-    assert largest > 65504
+    calm = residual_peak(save_pth(loud(weights, 1.0), tmp_path / "calm.pth"), tokens)
+    path = save_pth(loud(weights, 80_000 / calm), tmp_path / "model.pth")
+    assert residual_peak(path, tokens) > 65504
     expected, _ = Oracle(path, version).steps(tokens)
     plain = exported_session(path, tmp_path / "plain", precision="fp16", rescale=0)
     state = plain.initial_state()
@@ -144,7 +144,7 @@ def test_activations_beyond_fp16_stay_finite_in_fp16(version: str, tmp_path: Pat
     assert relative(found, expected) < 5e-2
     ranked = np.sort(expected, axis=-1)
     decided = ranked[:, -1] - ranked[:, -2] > 5e-2 * np.abs(expected).max()  # random logits nearly tie now and then
-    assert decided.mean() > 0.5
+    assert decided.mean() > 0.25
     assert (found.argmax(-1) == expected.argmax(-1))[decided].all()
 
 
