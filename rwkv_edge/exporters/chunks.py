@@ -81,10 +81,10 @@ def inverse_of_unit_lower(op: Any, constant: Constant, a: ir.Value, tokens: int)
     """(I − A)⁻¹ for strictly lower triangular A [..., T, T], by masked recursion.
 
     X = I + A∘M₁, then X ← X + X (A∘M_s) X for s = 2, 4, …, where M_s holds the lower left s × s block of every 2s × 2s
-    block on the diagonal. The shorter product (I+A)(I+A²)(I+A⁴)… is not used: on repeated tokens its terms cancel, and it is
-    wrong by 5e9 at T = 64.
+    block on the diagonal. The shorter product (I+A)(I+A²)(I+A⁴)… is not used: on repeated tokens its terms cancel, and it
+    is wrong by 5e9 at T = 64.
     """
-    inverse = op.Add(constant("eye", np.eye(tokens)), op.Mul(a, constant("blocks1", _blocks(tokens, 1))))
+    inverse: ir.Value = op.Add(constant("eye", np.eye(tokens)), op.Mul(a, constant("blocks1", _blocks(tokens, 1))))
     size = 2
     while size < tokens:
         corner = op.Mul(a, constant(f"blocks{size}", _blocks(tokens, size)))
@@ -107,7 +107,8 @@ def wkv6_chunk(
     """RWKV-5 and 6 over T tokens, in runs of 16 that hand the state on.
 
     Inside a run, with c the cumulated log decay,
-    y_t = (r_t∘e^{c_{t−1}}) S + Σ_{j<t} (Σ_n r_tn k_jn e^{c_{t−1,n} − c_jn}) v_j + (r_t·(u∘k_t)) v_t. Every exponent is a difference that is at most 0, so decays of 1e-10 and less do no harm.
+    y_t = (r_t∘e^{c_{t−1}}) S + Σ_{j<t} (Σ_n r_tn k_jn e^{c_{t−1,n} − c_jn}) v_j + (r_t·(u∘k_t)) v_t.
+    Every exponent is a difference that is at most 0, so decays of 1e-10 and less do no harm.
 
     Args:
         op: operators.
@@ -186,10 +187,9 @@ def wkv4_chunk(
     span = 1
     while span <= tokens:
         decay = op.Mul(w, constant(f"span{span}", np.full((), span)))
-        earlier = (
-            _shifted(op, constant, x, span, tokens + 1, fill) for x, fill in ((num, 0.0), (den, 0.0), (top, NOTHING))
-        )
-        num, den, top = _merged(op, *earlier, decay, num, den, top)
+        earlier_num, earlier_den = (_shifted(op, constant, x, span, tokens + 1, 0.0) for x in (num, den))
+        earlier_top = _shifted(op, constant, top, span, tokens + 1, NOTHING)
+        num, den, top = _merged(op, earlier_num, earlier_den, op.Add(earlier_top, decay), num, den, top)
         span *= 2
     y_num, y_den, y_top = (op.Slice(x, [0], [tokens], [1]) for x in (num, den, top))
     boosted = op.Add(k, u)
@@ -205,27 +205,27 @@ def _merged(
     earlier_num: ir.Value,
     earlier_den: ir.Value,
     earlier_top: ir.Value,
-    decay: ir.Value,
     num: ir.Value,
     den: ir.Value,
     top: ir.Value,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """The sum of two weighted sums, relative to the larger exponent."""
-    decayed = op.Add(earlier_top, decay)
-    p = op.Max(decayed, top)
-    old, new = op.Exp(op.Sub(decayed, p)), op.Exp(op.Sub(top, p))
+    p = op.Max(earlier_top, top)
+    old, new = op.Exp(op.Sub(earlier_top, p)), op.Exp(op.Sub(top, p))
     return op.Add(op.Mul(old, earlier_num), op.Mul(new, num)), op.Add(op.Mul(old, earlier_den), op.Mul(new, den)), p
 
 
 def _shifted(op: Any, constant: Constant, x: ir.Value, span: int, length: int, fill: float) -> ir.Value:
     """x [B, length, A] moved ``span`` places later, with ``fill`` before it."""
     value = constant(f"fill{fill:g}", np.full((), fill))
-    return op.Pad(op.Slice(x, [0], [length - span], [1]), [0, span, 0, 0, 0, 0], value)
+    moved: ir.Value = op.Pad(op.Slice(x, [0], [length - span], [1]), [0, span, 0, 0, 0, 0], value)
+    return moved
 
 
 def _t(op: Any, x: ir.Value) -> ir.Value:
     """The last two of four axes exchanged."""
-    return op.Transpose(x, perm=[0, 1, 3, 2])
+    transposed: ir.Value = op.Transpose(x, perm=[0, 1, 3, 2])
+    return transposed
 
 
 def _strict(tokens: int) -> np.ndarray:
@@ -236,4 +236,5 @@ def _blocks(tokens: int, size: int) -> np.ndarray:
     """1 in the lower left ``size`` × ``size`` block of every diagonal block of twice that size."""
     row, column = np.arange(tokens)[:, None], np.arange(tokens)[None]
     same = row // (2 * size) == column // (2 * size)
-    return (same & ((row // size) % 2 == 1) & ((column // size) % 2 == 0)).astype(np.float64)
+    corner: np.ndarray = same & ((row // size) % 2 == 1) & ((column // size) % 2 == 0)
+    return corner.astype(np.float64)

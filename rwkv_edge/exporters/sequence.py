@@ -82,15 +82,15 @@ class SequenceTracer(Tracer):
         """`wkv6` with the same decay for every token."""
         ones = self._constant("wkv5.ones", np.ones((self._tokens, 1)))
         spread = self.op.Mul(self.op.Unsqueeze(decay_log.value, [0, 2]), ones)  # [1, H, T, N]
-        return self._wkv56(state, r, spread, first, k, v)
+        return self._chunk56(state, r, spread, first, k, v)
 
     def wkv6(
         self, state: Symbol, r: Symbol, decay_log: Symbol, first: Symbol, k: Symbol, v: Symbol
     ) -> tuple[Symbol, Symbol]:
         """Decay-masked attention in runs of 16 tokens."""
-        return self._wkv56(state, r, self._streams(decay_log), first, k, v)
+        return self._chunk56(state, r, self._streams(decay_log), first, k, v)
 
-    def _wkv56(
+    def _chunk56(
         self, state: Symbol, r: Symbol, decay_log: ir.Value, first: Symbol, k: Symbol, v: Symbol
     ) -> tuple[Symbol, Symbol]:
         bonus = self.op.Unsqueeze(first.value, [1])  # [H, 1, N]
@@ -114,7 +114,8 @@ class SequenceTracer(Tracer):
     def _streams(self, x: Symbol) -> ir.Value:
         """[R, H, N] → [B, H, T, N]."""
         shape = [self._batch, self._tokens, self._spec.n_head, self._spec.head_size]
-        return self.op.Transpose(self._reshape(x, shape).value, perm=[0, 2, 1, 3])
+        streams: ir.Value = self.op.Transpose(self._reshape(x, shape).value, perm=[0, 2, 1, 3])
+        return streams
 
     def _rows_of(self, y: ir.Value) -> Symbol:
         """[B, H, T, N] → [R, H, N]."""
