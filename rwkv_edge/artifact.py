@@ -1,24 +1,20 @@
-"""The exported folder: what is in it, how it is written so that no half of it can be opened, and how it is checked.
+"""The exported folder: what is in it, and how it is checked.
 
-An artifact holds ``step.onnx``, ``weights.bin``, ``manifest.json`` and the tokenizer's file. The manifest is
-written last into a folder of another name, which is then renamed: an export that was killed leaves nothing that opens.
+An artifact holds graphs (``step.onnx``), ``weights.bin``, ``manifest.json`` and a tokenizer's file. How it is written,
+so that no half of it can be opened: `rwkv_edge.exporters.folder`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import glob
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rwkv_edge.engines import EngineEntry, engine_entry
 from rwkv_edge.errors import ArtifactError
 from rwkv_edge.spec import ModelSpec
 
@@ -28,10 +24,6 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 
 _MOST = 1 << 48  # what no dimension, file size or count comes near; keeps arithmetic on damaged manifests finite
-_PARTS = re.compile(
-    r"manifest\.json|weights\.bin|(step|prefill)[\w.-]*\.(onnx|engine)|tokenizer\.json|rwkv_vocab\w*\.txt"
-)
-"""Names that an export writes: what a folder whose manifest cannot be read may hold, to be replaced."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,8 @@ class Manifest:
 
     ``model_hash`` is the sha256 of weights.bin: states and engines belong to it. ``source`` describes the checkpoint,
     ``tools`` the versions that made the artifact, ``warnings`` what the export had to say, ``initial_state`` the file
-    of a tuned state.
+    of a tuned state. ``engines`` are what 'rwkv-edge build' added; their files may be gone or damaged without harm to
+    the rest, so they are checked where one is used.
     """
 
     spec: ModelSpec
@@ -76,6 +69,7 @@ class Manifest:
     tools: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     initial_state: str | None = None
+    engines: tuple[EngineEntry, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -98,7 +92,7 @@ class Manifest:
                 "export the checkpoint again with this version of rwkv-edge"
             )
         try:
-            return cls(
+            found = cls(
                 spec=_checked_spec(ModelSpec.from_json(data["spec"])),
                 graphs=tuple(_graph_entry(entry) for entry in data["graphs"]),
                 files=_file_entries(data["files"]),
@@ -108,13 +102,25 @@ class Manifest:
                 tools={str(name): str(version) for name, version in data["tools"].items()},
                 warnings=tuple(str(w) for w in data["warnings"]),
                 initial_state=None if data.get("initial_state") is None else _plain_name(data["initial_state"]),
+                engines=tuple(_engine_entry(entry) for entry in data.get("engines", [])),
             )
+            _check_listed(found)
+            return found
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ArtifactError) as error:
             missing = isinstance(error, KeyError)
             reason = (
                 f"it lacks '{error.args[0]}'" if missing else str(error).removesuffix("; export the checkpoint again")
             )
             raise ArtifactError(f"{path} is damaged ({reason[:200]}); export the checkpoint again") from error
+
+
+def _check_listed(manifest: Manifest) -> None:
+    """What is not listed has no hash, and would reach a parser unchecked."""
+    tokenizer = manifest.tokenizer["file"] if manifest.tokenizer else None
+    graphs = (WEIGHTS, *(graph.file for graph in manifest.graphs)) if manifest.graphs or not manifest.engines else ()
+    for name in (*graphs, *(engine.file for engine in manifest.engines), tokenizer, manifest.initial_state):
+        if name is not None and name not in manifest.files:
+            raise ValueError(f"it does not list '{name}'")
 
 
 def _text(value: Any, name: str) -> str:
@@ -155,9 +161,13 @@ def _graph_entry(entry: Any) -> GraphEntry:
     return found
 
 
+def _engine_entry(data: Any) -> EngineEntry:
+    found = engine_entry(data)
+    _plain_name(found.file)
+    return found
+
+
 def _file_entries(entries: Mapping[str, Any]) -> dict[str, FileEntry]:
-    if WEIGHTS not in entries:
-        raise ValueError(f"it does not list {WEIGHTS}")
     return {
         _plain_name(name): FileEntry(_count(entry["nbytes"], "nbytes"), _sha256(entry["sha256"]))
         for name, entry in entries.items()
@@ -199,7 +209,7 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Read the manifest and compare the size of every file with it (their content: `check_content`).
+        """Read the manifest and compare the size of every file with it (their content, and engines: `check_content`).
 
         Raises:
             ArtifactError: no artifact, incomplete, damaged or of another format.
@@ -220,8 +230,10 @@ class Artifact:
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{manifest_path} is damaged ({error}); export the checkpoint again") from error
         artifact = cls(path, Manifest.from_json(data, manifest_path))
+        engines = {engine.file for engine in artifact.manifest.engines}
         for name, entry in artifact.manifest.files.items():
-            artifact._check_size(name, entry)
+            if name not in engines:
+                artifact._check_size(name, entry)
         return artifact
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
@@ -240,20 +252,23 @@ class Artifact:
         """Compare the sha256 of files (all, where none is named) with the manifest; reads them once.
 
         Raises:
-            ArtifactError: a file is not the one that was exported.
+            ArtifactError: a file is not the one that was exported or built.
         """
+        engines = {engine.file for engine in self.manifest.engines}
         for name in names or tuple(self.manifest.files):
             if name not in self.manifest.files:
                 raise ArtifactError(f"{self.path / MANIFEST} does not list '{name}'; export the checkpoint again")
             try:
                 found = sha256_of(self.path / name)
             except OSError as error:
-                raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror}") from error
+                again = "; run 'rwkv-edge build' again" if name in engines else ""
+                raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror}{again}") from error
             if found != self.manifest.files[name].sha256:
                 hashes = f"sha256 {found[:12]}…, expected {self.manifest.files[name].sha256[:12]}…"
-                raise ArtifactError(
-                    f"{self.path / name} is not the file that was exported ({hashes}); export the checkpoint again"
-                )
+                made, again = "exported", "export the checkpoint again"
+                if name in engines:
+                    made, again = "built", "run 'rwkv-edge build' again"
+                raise ArtifactError(f"{self.path / name} is not the file that was {made} ({hashes}); {again}")
 
     def graph(self, kind: str, target: str) -> GraphEntry:
         """The graph of this kind for 'cpu' or 'gpu': the one made for it, else the one for any.
@@ -281,118 +296,7 @@ def file_entry(path: Path, sha256: str | None = None) -> FileEntry:
     return FileEntry(path.stat().st_size, sha256 or sha256_of(path))
 
 
-@contextlib.contextmanager
-def artifact_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A scratch folder beside ``target`` that takes its place when the block ends without an error.
-
-    Args:
-        target: the artifact's folder; may exist if it is empty or an artifact, which is replaced.
-        nbytes: what will be written, roughly: checked against the free space first.
-
-    Raises:
-        ArtifactError: the target holds something else, or cannot be written, or the disk is full.
-    """
-    _check_target(target)
-    place = Path(os.path.realpath(target))  # a link to an artifact stays a link
-    scratch = place.parent / f".{place.name}.partial-{os.getpid()}"
-    made: list[Path] = []
-    try:
-        with disk_errors(target):
-            made += [folder for folder in place.parents if not folder.exists()]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(place)
-            free = shutil.disk_usage(place.parent).free
-            if free < nbytes:
-                raise ArtifactError(
-                    f"{target} needs {nbytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there"
-                )
-            scratch.mkdir()
-            yield scratch
-            _replace(scratch, place)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # another program put something there
-                folder.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an ArtifactError that names ``target``."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise ArtifactError(f"{target} cannot be written: {reason}; nothing was changed there") from error
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
     text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _check_target(target: Path) -> None:
-    try:
-        found = _foreign_part(target) if target.is_dir() else "a file" if target.exists() else None
-    except OSError as error:
-        raise ArtifactError(f"{target} cannot be written: {error.strerror}") from error
-    if found:
-        raise ArtifactError(
-            f"{target} exists and is {found}, not just an artifact, so it is left alone; choose another folder with -o"
-        )
-
-
-def _foreign_part(folder: Path) -> str | None:
-    """What in ``folder`` would be lost if an export replaced it: nothing in an artifact, even in a damaged one."""
-    names = {entry.name for entry in folder.iterdir()}
-    if not names:
-        return None
-    try:
-        data = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        data = {"format": FORMAT if WEIGHTS in names else None}
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        return "a folder of something else"
-    listed = data["files"] if isinstance(data.get("files"), dict) else {}
-    odd = sorted(name for name in names if name not in listed and not _PARTS.fullmatch(name))
-    return f"a folder that holds '{odd[0]}'" if odd else None
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Scratch folders of exports that were killed; an artifact that one of them had moved away goes back."""
-    for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}.partial-*")):
-        found = re.fullmatch(r".*\.partial-(\d+)(\.former)?", leftover.name, re.DOTALL)
-        if not found or (int(found[1]) != os.getpid() and _is_running(int(found[1]))):
-            continue
-        if found[2] and not target.exists():
-            leftover.rename(target)
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # signal 0 would end the process there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _replace(scratch: Path, target: Path) -> None:
-    """Move the finished folder into place; what stood there goes last."""
-    former = scratch.with_name(scratch.name + ".former")
-    try:
-        if target.exists():
-            target.rename(former)
-        scratch.rename(target)
-    except BaseException:  # Ctrl-C too
-        if former.exists() and not target.exists():
-            former.rename(target)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
+    (folder / MANIFEST).write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be any bytes

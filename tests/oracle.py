@@ -1,6 +1,7 @@
 """The `rwkv` package as the oracle: its model classes on a checkpoint, one token at a time or as a sequence.
 
-The package decides at import, by environment variables, which versions it runs; so its module is loaded once per choice.
+The package decides at import, by environment variables, which versions it runs; so its module is loaded once per
+choice.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rwkv_edge.checkpoints import open_checkpoint, open_stored
 from rwkv_edge.checkpoints.base import Checkpoint, TensorInfo
 from rwkv_edge.checkpoints.deltas import BLOCK_PARTS, Delta, delta_of
-from rwkv_edge.checkpoints.layouts import ADAPTER_PART, AS_STORED, LAYOUTS, TUNED_STATE, Layout, View
+from rwkv_edge.checkpoints.layouts import ADAPTER_PART, AS_STORED, LAYOUTS, TRANSPOSED, TUNED_STATE, Layout, View
 from rwkv_edge.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ class Adapter:
         stored: the open file.
         targets: name of a target's weight → part → tensor of the file. Names are as in the file, without PEFT's prefix.
         whole: name of a tensor that replaces the base's → tensor of the file.
-        states: names of tuned states, which `load_tuned_state` reads.
+        states: official name of a tensor of a tuned state → tensor of the file.
     """
 
     stored: Checkpoint
     targets: Mapping[str, Mapping[str, str]]
     whole: Mapping[str, str]
-    states: tuple[str, ...]
+    states: Mapping[str, str]
 
     @property
     def is_lora(self) -> bool:
@@ -106,7 +106,7 @@ def read_adapter(stored: Checkpoint) -> Adapter:
     """
     targets: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
-    states = tuple(name for name in stored.tensors if TUNED_STATE.search(name))
+    states: dict[str, str] = {}
     for name in stored.tensors:
         unsupported = next((words for part, words in _UNSUPPORTED if part in name), None)
         if unsupported:
@@ -114,11 +114,13 @@ def read_adapter(stored: Checkpoint) -> Adapter:
                 f"{stored.path}: '{name}' is of {unsupported}, which cannot be merged here; "
                 "merge it with the tool that trained it"
             )
-        match = ADAPTER_PART.match(name)
-        if name in states or ".original_module." in name:
+        if ".original_module." in name:
             continue
+        match, state = ADAPTER_PART.match(name), TUNED_STATE.search(name)
         target = re.sub(_PEFT, "", f"{match['target']}.weight" if match else name)
         places, key = (targets.setdefault(target, {}), match["part"] or match["st"]) if match else (whole, target)
+        if state:
+            places, key = states, state[0].lstrip(".")
         if key in places:
             raise CheckpointError(f"{stored.path}: '{places[key]}' and '{name}' are for one place; keep one adapter")
         places[key] = name
@@ -133,7 +135,7 @@ def merge_adapter(checkpoint: Checkpoint, adapter: str | Path | Checkpoint, alph
     A changed tensor is W + ΔW, summed in float32 (in float64 where W is float64), whatever the dtypes of both, and
     rounded once, to nearest even, to the dtype that W is stored in. RWKV-PEFT's scripts round ΔW to the adapter's dtype
     before the sum, so theirs may differ in the last bit. Tensors that stand in the adapter as a whole replace the
-    base's, in the adapter's dtype.
+    base's, in the adapter's dtype; a tuned state in it is there as if the base had it.
 
     Args:
         checkpoint: the base, from `open_checkpoint`.
@@ -225,6 +227,8 @@ class MergedCheckpoint:
             self._replace(place, name, layout)
         for target, parts in adapter.targets.items():
             self._change(target, parts, layout)
+        for place, name in adapter.states.items():
+            self._add_state(place, name)
 
     @property
     def path(self) -> Path:
@@ -300,6 +304,13 @@ class MergedCheckpoint:
             raise CheckpointError(f"{self._adapter.stored.path}: {target} {error}") from error
         earlier = self._changes.get(official, _Change())
         self._changes[official] = _Change(delta, view.transposes, earlier.whole, (*earlier.names, *delta.names))
+
+    def _add_state(self, official: str, name: str) -> None:
+        """A tuned state beside the adapter is as one inside the base; `load_tuned_state` checks its shape."""
+        info, from_st = self._adapter.stored.tensors[name], self._adapter.stored.path.suffix.lower() == ".st"
+        view = TRANSPOSED if from_st and len(info.shape) > 1 else AS_STORED
+        self._tensors[official] = TensorInfo(view.shape(info.shape), info.dtype)
+        self._changes[official] = _Change(whole=(name, view), names=(name,))
 
     def _expect(self, official: str, name: str) -> TensorInfo:
         if official not in self._base.tensors:

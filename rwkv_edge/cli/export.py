@@ -23,6 +23,18 @@ from rwkv_edge.errors import MissingDependencyError
     help="The recurrence as plain operators, or as the local function rwkv::wkv7_step.",
 )  # fmt: skip
 @click.option(
+    "--chunk", "chunks", type=click.IntRange(0), multiple=True, metavar="T", default=(16, 64, 256),
+    show_default="16, 64 and 256",
+    help="Length of a prefill graph, from 2 to 1024, repeatable; 0 for none.",
+)  # fmt: skip
+@click.option(
+    "--all-logits", is_flag=True, help="Add a graph that gives the logits of all tokens of the longest chunk."
+)
+@click.option(
+    "--rescale", type=click.IntRange(0), metavar="N",
+    help="Halve the residual stream every N layers; 0 never.  [default: 6 in fp16 of RWKV-4 to 6]",
+)  # fmt: skip
+@click.option(
     "--tokenizer", metavar="NAME|FILE",
     help="world, bytes, none, or a tokenizer.json.  [default: by the vocabulary size]",
 )  # fmt: skip
@@ -34,6 +46,9 @@ def command(
     precision: str,
     batch: int | str,
     wkv: str,
+    chunks: tuple[int, ...],
+    all_logits: bool,
+    rescale: int | None,
     tokenizer: str | None,
     lora: Path | None,
     lora_alpha: float | None,
@@ -55,7 +70,14 @@ def command(
     name = checkpoint.resolve().name if checkpoint.is_dir() else checkpoint.stem
     target = output or Path(f"{name}-{precision}")
     options = ExportOptions(
-        precision=precision, batch=None if batch == "dynamic" else int(batch), wkv=wkv, tokenizer=tokenizer, state=state
+        precision=precision,
+        batch=None if batch == "dynamic" else int(batch),
+        wkv=wkv,
+        tokenizer=tokenizer,
+        rescale=rescale,
+        state=state,
+        chunks=tuple(chunk for chunk in chunks if chunk),
+        all_logits=all_logits,
     )
     opened = open_merged(checkpoint, lora, lora_alpha)
     with byte_progress("weights") as progress:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-MAX_TOKENS = 64
-"""The longest chunk: beyond it RWKV-7's e^−cum leaves float32's precision."""
+MAX_TOKENS = 1024
+"""The longest chunk: what a graph of unrolled runs may reasonably hold."""
 
-SUB_CHUNK = 16  # RWKV-5 and 6: tokens whose pairwise decays are held at once, [B, H, 16, 16, N]
+RUN_7 = 64  # RWKV-7: beyond it e^−cum leaves float32's precision
+RUN_6 = 16  # RWKV-5 and 6: tokens whose pairwise decays are held at once, [B, H, 16, 16, N]
 NOTHING = -1e30  # exponent of an empty sum in RWKV-4
 
 Constant = Callable[[str, np.ndarray], ir.Value]
@@ -34,27 +35,49 @@ class Streams7:
     kk: ir.Value
     a: ir.Value
 
+    def part(self, op: Any, start: int, stop: int) -> Streams7:
+        """The tokens from ``start`` to ``stop``."""
+        values = (self.r, self.decay_log, self.k, self.v, self.kk, self.a)
+        return Streams7(*(op.Slice(x, [start], [stop], [2]) for x in values))
+
 
 def wkv7_chunk(
     op: Any, constant: Constant, state: ir.Value, streams: Streams7, tokens: int
 ) -> tuple[ir.Value, ir.Value]:
-    """RWKV-7 over T tokens.
-
-    With P_t the product of decays up to t, α_t = −kk_t∘P_{t−1}, β_t = (kk∘a)_t/P_t, κ_t = k_t/P_t, ρ_t = r_t∘P_t, the
-    removals U solve (I − A) U = α S₀ᵀ + B V with A = tril(α βᵀ, −1) and B = tril(α κᵀ, −1); then
-    y = ρ S₀ᵀ + tril(ρ βᵀ) U + tril(ρ κᵀ) V and S = (S₀ + Uᵀβ + Vᵀκ)∘P_T.
+    """RWKV-7 over T tokens, in runs of 64 that hand the state on.
 
     Args:
         op: operators.
         constant: makes initializers.
         state: S₀ [B, H, N (value), N (key)].
         streams: inputs.
-        tokens: T, at most 64.
+        tokens: T.
 
     Returns:
         y [B, H, T, N] and the new S.
     """
-    lower, strict = constant("tril", np.tril(np.ones((tokens, tokens)))), constant("strict", _strict(tokens))
+    if tokens <= RUN_7:
+        return _wkv7_run(op, constant, state, streams, tokens)
+    outputs = []
+    for start in range(0, tokens, RUN_7):
+        stop = min(start + RUN_7, tokens)
+        y, state = _wkv7_run(op, constant, state, streams.part(op, start, stop), stop - start)
+        outputs.append(y)
+    return op.Concat(*outputs, axis=2), state
+
+
+def _wkv7_run(
+    op: Any, constant: Constant, state: ir.Value, streams: Streams7, tokens: int
+) -> tuple[ir.Value, ir.Value]:
+    """RWKV-7 over at most 64 tokens.
+
+    With P_t the product of decays up to t, α_t = −kk_t∘P_{t−1}, β_t = (kk∘a)_t/P_t, κ_t = k_t/P_t, ρ_t = r_t∘P_t, the
+    removals U solve (I − A) U = α S₀ᵀ + B V with A = tril(α βᵀ, −1) and B = tril(α κᵀ, −1); then
+    y = ρ S₀ᵀ + tril(ρ βᵀ) U + tril(ρ κᵀ) V and S = (S₀ + Uᵀβ + Vᵀκ)∘P_T.
+    """
+    lower, strict = (
+        constant(f"{name}{tokens}", make(tokens)) for name, make in (("tril", _lower), ("strict", _strict))
+    )
     cum = op.MatMul(lower, streams.decay_log)
     grown, shrunk = op.Exp(op.Neg(cum)), op.Exp(cum)
     alpha = op.Neg(op.Mul(streams.kk, op.Exp(op.Sub(cum, streams.decay_log))))
@@ -81,13 +104,15 @@ def inverse_of_unit_lower(op: Any, constant: Constant, a: ir.Value, tokens: int)
     """(I − A)⁻¹ for strictly lower triangular A [..., T, T], by masked recursion.
 
     X = I + A∘M₁, then X ← X + X (A∘M_s) X for s = 2, 4, …, where M_s holds the lower left s × s block of every 2s × 2s
-    block on the diagonal. The shorter product (I+A)(I+A²)(I+A⁴)… is not used: on repeated tokens its terms cancel, and it
-    is wrong by 5e9 at T = 64.
+    block on the diagonal. The shorter product (I+A)(I+A²)(I+A⁴)… is not used: on repeated tokens its terms cancel, and
+    it is wrong by 5e9 at T = 64.
     """
-    inverse: ir.Value = op.Add(constant("eye", np.eye(tokens)), op.Mul(a, constant("blocks1", _blocks(tokens, 1))))
+    inverse: ir.Value = op.Add(
+        constant(f"eye{tokens}", np.eye(tokens)), op.Mul(a, constant(f"blocks{tokens}.1", _blocks(tokens, 1)))
+    )
     size = 2
     while size < tokens:
-        corner = op.Mul(a, constant(f"blocks{size}", _blocks(tokens, size)))
+        corner = op.Mul(a, constant(f"blocks{tokens}.{size}", _blocks(tokens, size)))
         inverse = op.Add(inverse, op.MatMul(op.MatMul(inverse, corner), inverse))
         size *= 2
     return inverse
@@ -126,8 +151,8 @@ def wkv6_chunk(
     """
     bonus = op.Mul(op.ReduceSum(op.Mul(op.Mul(r, first), k), [-1], keepdims=1), v)
     outputs = []
-    for start in range(0, tokens, SUB_CHUNK):
-        stop = min(start + SUB_CHUNK, tokens)
+    for start in range(0, tokens, RUN_6):
+        stop = min(start + RUN_6, tokens)
         parts = [op.Slice(x, [start], [stop], [2]) for x in (r, decay_log, k, v)]
         y, state = _wkv6_run(op, constant, state, parts, stop - start)
         outputs.append(y)
@@ -139,7 +164,7 @@ def _wkv6_run(
     op: Any, constant: Constant, state: ir.Value, parts: list[ir.Value], count: int
 ) -> tuple[ir.Value, ir.Value]:
     r, decay_log, k, v = parts
-    cum = op.MatMul(constant(f"tril{count}", np.tril(np.ones((count, count)))), decay_log)
+    cum = op.MatMul(constant(f"tril{count}", _lower(count)), decay_log)
     before = op.Sub(cum, decay_log)  # c_{t−1}
     y = op.MatMul(op.Mul(r, op.Exp(before)), state)
     if count > 1:
@@ -226,6 +251,10 @@ def _t(op: Any, x: ir.Value) -> ir.Value:
     """The last two of four axes exchanged."""
     transposed: ir.Value = op.Transpose(x, perm=[0, 1, 3, 2])
     return transposed
+
+
+def _lower(tokens: int) -> np.ndarray:
+    return np.tril(np.ones((tokens, tokens)))
 
 
 def _strict(tokens: int) -> np.ndarray:

@@ -11,10 +11,11 @@ from typing import Any
 
 import onnx
 
-from rwkv_edge.artifact import FileEntry, GraphEntry, Manifest, artifact_folder, file_entry, write_manifest
+from rwkv_edge.artifact import FileEntry, GraphEntry, Manifest, file_entry, write_manifest
 from rwkv_edge.checkpoints import Checkpoint
 from rwkv_edge.errors import InputError
 from rwkv_edge.exporters.chunks import MAX_TOKENS
+from rwkv_edge.exporters.folder import artifact_folder
 from rwkv_edge.exporters.graphs import GraphForm, check_graph, write_graph
 from rwkv_edge.exporters.initial_state import STATE_FILE, write_initial_state
 from rwkv_edge.exporters.layout import INDEX_FILE, WEIGHTS_FILE, WeightLayout, write_index
@@ -24,7 +25,7 @@ from rwkv_edge.spec import PRECISIONS
 from rwkv_edge.tokenizers import Tokenizer, save_tokenizer, tokenizer_for_vocabulary
 
 WKV_FORMS = ("inline", "function")
-DEFAULT_CHUNKS = (16, 64)
+DEFAULT_CHUNKS = (16, 64, 256)
 HEADROOM = 1 << 24  # bytes of graphs, manifest and tokenizer beside the weights
 
 
@@ -39,7 +40,7 @@ class ExportOptions:
         tokenizer: 'world', 'bytes', 'none', a path to tokenizer.json, or None to choose by the vocabulary size.
         rescale: layers after which the residual stream is halved, 0 for never; None for 6 in fp16 of RWKV-4 to 6.
         state: a tuned state to begin with, or None.
-        chunks: lengths of the prefill graphs, each from 2 to 64.
+        chunks: lengths of the prefill graphs, each from 2 to 1024.
         all_logits: also write, for the longest chunk, a graph that gives the logits of every token.
     """
 

@@ -20,7 +20,7 @@ class SequenceTracer(Tracer):
         builder: see `Tracer`, as for the next two.
         spec: dimensions and precision.
         layout: places of the parameters.
-        tokens: T, from 2 to 64.
+        tokens: T, from 2 to 1024.
         compute: dtype of activations.
         all_logits: keep every row for the head, instead of the last.
     """

@@ -225,6 +225,13 @@ class TorchModel:
             for t in self.spec.state
         }
 
+    def state_from_arrays(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """State tensors by name, each [B, …], in the dtypes of this model."""
+        return {
+            t.name: torch.tensor(arrays[t.name]).to(self._wide if t.dtype == "float32" else self._dtype)
+            for t in self.spec.state
+        }
+
     @torch.no_grad()
     def forward(
         self, tokens: np.ndarray | Sequence[Sequence[int]], state: Mapping[str, torch.Tensor]
