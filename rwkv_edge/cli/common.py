@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from rwkv_edge.errors import InputError
+from rwkv_edge.errors import InputError, MissingDependencyError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +56,35 @@ class Batch(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         if not 1 <= batch <= 65536:
             self.fail(f"'{value}' is neither a number of streams from 1 on nor 'dynamic'", param, ctx)
         return batch
+
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
+    """A number of bytes, or of kB, MB, GB."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """'500MB' or 500000000."""
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) *([kMGT]?)B?", str(value), re.ASCII)
+        if not found:
+            self.fail(f"'{value}' is no size; give bytes, or a number with kB, MB or GB", param, ctx)
+        return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+
+
+@contextlib.contextmanager
+def needs(extra: str, purpose: str) -> Iterator[None]:
+    """Around imports of what an extra installs: a package that is absent becomes one sentence.
+
+    Raises:
+        MissingDependencyError: names the package and the extra.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "rwkv_edge"):
+            raise
+        raise MissingDependencyError(package, extra, purpose) from error
 
 
 def print_json(data: Any) -> None:

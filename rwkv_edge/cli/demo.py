@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, byte_progress, size
-from rwkv_edge.errors import MissingDependencyError, VerificationError
+from rwkv_edge.cli.common import PATH, byte_progress, needs, size
+from rwkv_edge.errors import VerificationError
 
 
 @click.command("demo")
@@ -20,10 +20,8 @@ def command(output: Path, seed: int) -> None:
 
     Example: rwkv-edge demo
     """
-    try:
+    with needs("all", "the demo"):
         from rwkv_edge.evaluation.demo import DEMO_CHECKPOINT, DEMO_PROMPT, export_demo, generate_demo, verify_demo
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "all", "the demo") from error
 
     click.echo(f"exporting {DEMO_CHECKPOINT.name}")
     with byte_progress("weights") as progress:

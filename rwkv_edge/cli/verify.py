@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, adapter_options, json_option, print_json, read_text, session_options
-from rwkv_edge.errors import MissingDependencyError
+from rwkv_edge.cli.common import PATH, adapter_options, json_option, needs, print_json, read_text, session_options
 
 
 @click.command("verify")
@@ -41,10 +40,8 @@ def command(
 
     Example: rwkv-edge verify RWKV-x070-World-0.1B-fp16 RWKV-x070-World-0.1B.pth
     """
-    try:
+    with needs("export", "verifying against a checkpoint"):
         from rwkv_edge.evaluation.verify import verify_artifact
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "export", "verifying against a checkpoint") from error
 
     report = verify_artifact(
         artifact, checkpoint, tokens, read_text(text) if text else None, tolerance, list(providers), threads, lora,

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
-from rwkv_edge.spec import ModelSpec
-
 
 class Value(Protocol):
     """What an operation takes and returns: a torch tensor, or a symbol of the graph."""
@@ -189,8 +187,3 @@ class Ops(Protocol[V]):
     def last_row(self, x: V) -> V:
         """The last token's row of each stream: [B, D]."""
         ...
-
-
-def rescaled(x: V, spec: ModelSpec, layer: int) -> V:
-    """x, halved after every ``spec.rescale``-th layer: the weights that add to it are stored in the same scale."""
-    return x * 0.5 if spec.rescale and (layer + 1) % spec.rescale == 0 else x

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rwkv_edge.models.architecture import Architecture
-from rwkv_edge.models.ops import Ops, V, rescaled
+from rwkv_edge.models.blocks import from_current, gated_ffn, gated_ffn_params, stack, stack_params
+from rwkv_edge.models.ops import Ops, V
 from rwkv_edge.models.params import (
     Header,
     Param,
     batched_low_rank,
     by_head,
-    ffn_pair,
     linear,
     low_rank,
     norm,
-    normed_embedding,
     rescaling,
     stacked,
     vector,
@@ -63,12 +62,9 @@ def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
 
 def params(header: Header, spec: ModelSpec) -> list[Param]:
     """All parameters in the order in which a step reads them."""
-    found = [normed_embedding(header, "emb", spec.vocab_size, spec.n_embd)]
-    for i in range(spec.n_layer):
-        found += _att_params(header, spec, i) + _ffn_params(header, spec, i)
-    found += norm(header, "ln_out", "ln_out", spec.n_embd)
-    found.append(linear(header, "head", "head.weight", spec.n_embd, spec.vocab_size))
-    return found
+    return stack_params(
+        header, spec, lambda i: _att_params(header, spec, i) + gated_ffn_params(header, spec, i, "time_maa")
+    )
 
 
 def _att_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
@@ -94,25 +90,15 @@ def _att_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
     ]
 
 
-def _ffn_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
-    ffn, width = f"blocks.{i}.ffn", spec.n_embd
-    return [
-        *norm(header, f"blocks.{i}.ln2", f"blocks.{i}.ln2", width),
-        *(stacked(header, f"{ffn}.mix_{x}", [f"{ffn}.time_maa_{x}"], width) for x in "kr"),
-        *ffn_pair(header, ffn, spec, rescaling(spec, i)),
-        linear(header, f"{ffn}.receptance", f"{ffn}.receptance.weight", width, width),
-    ]
-
-
 def step(ops: Ops[V], spec: ModelSpec, tokens: V, state: Mapping[str, V]) -> tuple[V, dict[str, V]]:
     """Feed one token, or a sequence, to every stream; see `rwkv_edge.models.architecture.StepFunction`."""
-    x = ops.embed("emb", tokens)
     after: dict[str, V] = {}
-    for i in range(spec.n_layer):
+
+    def block(i: int, x: V) -> V:
         x = ops.residual(x, time_mix(ops, i, x, state, after))
-        x = rescaled(ops.residual(x, channel_mix(ops, i, x, state, after)), spec, i)
-    x = ops.layer_norm(ops.last_row(x), "ln_out")
-    return ops.fp32(ops.linear(x, "head")), after
+        return ops.residual(x, gated_ffn(ops, i, x, state, after, from_current))
+
+    return stack(ops, spec, tokens, block), after
 
 
 def time_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[str, V]) -> V:
@@ -135,16 +121,6 @@ def time_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[str,
     gate = ops.linear(x_g, f"{att}.gate")
     y = ops.merge_heads(ops.act(y)) * ops.merge_heads(gate * ops.sigmoid(gate))
     return ops.linear(y, f"{att}.output")
-
-
-def channel_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[str, V]) -> V:
-    """The feed-forward half of block ``i``: its update [R, D]."""
-    ffn = f"blocks.{i}.ffn"
-    x = ops.layer_norm(x, f"blocks.{i}.ln2")
-    before, after[f"ffn_shift.{i}"] = ops.token_shift(x, state[f"ffn_shift.{i}"])
-    x_k, x_r = (ops.mix(x, before - x, f"{ffn}.mix_{name}", 1)[0] for name in "kr")
-    hidden = ops.relu_squared(ops.linear(x_k, f"{ffn}.key"))
-    return ops.sigmoid(ops.linear(x_r, f"{ffn}.receptance")) * ops.linear(hidden, f"{ffn}.value")
 
 
 ARCHITECTURES = {

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from rwkv_edge.models.architecture import Architecture
-from rwkv_edge.models.ops import Ops, V, rescaled
+from rwkv_edge.models.blocks import stack, stack_params
+from rwkv_edge.models.ops import Ops, V
 from rwkv_edge.models.params import (
     Header,
     Param,
@@ -20,7 +21,6 @@ from rwkv_edge.models.params import (
     linear,
     low_rank,
     norm,
-    normed_embedding,
     rescaling,
     stacked,
     vector,
@@ -82,12 +82,7 @@ def describe(version: str, header: Header, precision: str, batch: int | None) ->
 
 def params(header: Header, spec: ModelSpec) -> list[Param]:
     """All parameters in the order in which a step reads them."""
-    found = [normed_embedding(header, "emb", spec.vocab_size, spec.n_embd)]
-    for i in range(spec.n_layer):
-        found += _att_params(header, spec, i) + _ffn_params(header, spec, i)
-    found += norm(header, "ln_out", "ln_out", spec.n_embd)
-    found.append(linear(header, "head", "head.weight", spec.n_embd, spec.vocab_size))
-    return found
+    return stack_params(header, spec, lambda i: _att_params(header, spec, i) + _ffn_params(header, spec, i))
 
 
 def _att_params(header: Header, spec: ModelSpec, i: int) -> list[Param]:
@@ -140,15 +135,16 @@ def step(ops: Ops[V], spec: ModelSpec, tokens: V, state: Mapping[str, V]) -> tup
     Returns:
         logits [B, V] float32 after the last token, and the new state.
     """
-    x = ops.embed("emb", tokens)
     after: dict[str, V] = {}
     v_first: V | None = None
-    for i in range(spec.n_layer):
+
+    def block(i: int, x: V) -> V:
+        nonlocal v_first
         update, v_first = time_mix(ops, i, x, v_first, state, after)
         x = ops.residual(x, update)
-        x = rescaled(ops.residual(x, channel_mix(ops, spec, i, x, tokens, state, after)), spec, i)
-    x = ops.layer_norm(ops.last_row(x), "ln_out")
-    return ops.fp32(ops.linear(x, "head")), after
+        return ops.residual(x, channel_mix(ops, spec, i, x, tokens, state, after))
+
+    return stack(ops, spec, tokens, block), after
 
 
 def time_mix(ops: Ops[V], i: int, x: V, v_first: V | None, state: Mapping[str, V], after: dict[str, V]) -> tuple[V, V]:
