@@ -80,7 +80,8 @@ def test_paths_that_are_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused(capsys, tmp_path / "missing" / "model.pth", "No such file or directory")
     (tmp_path / "folder.pth").mkdir()
     for command in ("info", "export", "generate"):
-        assert "File name too long" in refusal(capsys, command, tmp_path / ("x" * 300))
+        found = refusal(capsys, command, tmp_path / ("x" * 300))
+        assert "File name too long" in found or "does not exist" in found  # by the version of Python
     found = refusal(capsys, "export", tmp_path / "folder.pth")
     assert "folder.pth should hold model.safetensors or pytorch_model.bin, but holds no weights" in found
     if os.name == "posix":
@@ -155,12 +156,14 @@ def test_a_tensor_that_is_no_weight(name: str, tmp_path: Path, capsys: pytest.Ca
     refused(capsys, path, "tensor 'ln_out.weight'", words)
 
 
-def test_parameters_export_like_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parameters_export_like_tensors(tmp_path: Path) -> None:
     """`torch.save(dict(model.named_parameters()))` keeps the flag that asks for gradients."""
     plain = write_checkpoint(tmp_path / "plain.pth")
     trained = save_pth({name: torch.nn.Parameter(t) for name, t in weights().items()}, tmp_path / "trained.pth")
     for path in (plain, trained):
         assert run(["export", str(path), "-o", str(path.with_suffix("")), *STEP_ONLY]) == 0
+        assert run(["verify", str(path.with_suffix("")), str(path), "--tokens", "4"]) == 0
+    assert not open_checkpoint(tmp_path / "trained.pth").load("emb.weight").requires_grad
     assert (tmp_path / "trained/weights.bin").read_bytes() == (tmp_path / "plain/weights.bin").read_bytes()
 
 
