@@ -62,7 +62,14 @@ class WorldTokenizer(Tokenizer):
             package = importlib.import_module("pyrwkv_tokenizer")
         except ImportError as error:
             raise TokenizerError(_NOT_INSTALLED) from error
-        encoder = package.WorldTokenizer(str(self.vocabulary))
+        try:
+            encoder = package.WorldTokenizer(str(self.vocabulary))
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # how a Rust extension fails: no Exception, by design
+                raise
+            raise TokenizerError(
+                f"pyrwkv-tokenizer cannot read the World vocabulary {self.vocabulary}; take the original file"
+            ) from error
         if encoder.vocab_size() != sum(map(bool, self._bytes)) + 1:  # it counts id 0
             raise TokenizerError(
                 f"pyrwkv-tokenizer skips lines of the vocabulary {self.vocabulary}; update the package"

@@ -182,3 +182,13 @@ def test_without_the_rust_package(world, monkeypatch):
     assert tokenizer.decode([33155]) == "Hello"
     with pytest.raises(TokenizerError, match="pip install pyrwkv-tokenizer"):
         tokenizer.encode("Hello")
+
+
+def test_a_literal_that_only_python_reads_is_refused(tmp_path):
+    """The Rust package panics on it, which is no Exception."""
+    lines = [f"{byte + 1} b'\\x{byte:02x}' 1" for byte in range(256)]
+    lines[ord("a")] = "98 b'a' 1"
+    path = tmp_path / "vocabulary.txt"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(TokenizerError, match="pyrwkv-tokenizer cannot read"):
+        WorldTokenizer(path).encode("text")
