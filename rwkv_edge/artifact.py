@@ -230,11 +230,15 @@ class Artifact:
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{manifest_path} is damaged ({error}); export the checkpoint again") from error
         artifact = cls(path, Manifest.from_json(data, manifest_path))
-        engines = {engine.file for engine in artifact.manifest.engines}
-        for name, entry in artifact.manifest.files.items():
-            if name not in engines:
-                artifact._check_size(name, entry)
+        for name in artifact.exported_files:
+            artifact._check_size(name, artifact.manifest.files[name])
         return artifact
+
+    @property
+    def exported_files(self) -> tuple[str, ...]:
+        """The files that the export wrote: all that are listed but engines."""
+        engines = {engine.file for engine in self.manifest.engines}
+        return tuple(name for name in self.manifest.files if name not in engines)
 
     def _check_size(self, name: str, entry: FileEntry) -> None:
         try:
@@ -249,24 +253,24 @@ class Artifact:
             )
 
     def check_content(self, *names: str) -> None:
-        """Compare the sha256 of files (all, where none is named) with the manifest; reads them once.
+        """Compare the sha256 of files (`exported_files`, where none is named) with the manifest; reads them once.
 
         Raises:
             ArtifactError: a file is not the one that was exported or built.
         """
-        engines = {engine.file for engine in self.manifest.engines}
-        for name in names or tuple(self.manifest.files):
+        exported = self.exported_files
+        for name in names or exported:
             if name not in self.manifest.files:
                 raise ArtifactError(f"{self.path / MANIFEST} does not list '{name}'; export the checkpoint again")
             try:
                 found = sha256_of(self.path / name)
             except OSError as error:
-                again = "; run 'rwkv-edge build' again" if name in engines else ""
+                again = "" if name in exported else "; run 'rwkv-edge build' again"
                 raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror}{again}") from error
             if found != self.manifest.files[name].sha256:
                 hashes = f"sha256 {found[:12]}…, expected {self.manifest.files[name].sha256[:12]}…"
                 made, again = "exported", "export the checkpoint again"
-                if name in engines:
+                if name not in exported:
                     made, again = "built", "run 'rwkv-edge build' again"
                 raise ArtifactError(f"{self.path / name} is not the file that was {made} ({hashes}); {again}")
 

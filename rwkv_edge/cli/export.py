@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, Batch, adapter_options, byte_progress, size
-from rwkv_edge.errors import MissingDependencyError
+from rwkv_edge.cli.common import PATH, Batch, adapter_options, byte_progress, needs, size
+from rwkv_edge.cli.engines import add_engines, engine_options, planned_engines
 
 
 @click.command("export")
@@ -19,8 +19,9 @@ from rwkv_edge.errors import MissingDependencyError
 )  # fmt: skip
 @click.option("--batch", type=Batch(), default="1", show_default=True, help="Streams per step.")
 @click.option(
-    "--wkv", type=click.Choice(["inline", "function"]), default="inline", show_default=True,
-    help="The recurrence as plain operators, or as the local function rwkv::wkv7_step.",
+    "--wkv", type=click.Choice(["inline", "function", "plugin"]), default="inline", show_default=True,
+    help="The recurrence as plain operators, as the local function rwkv::wkv7_step, or, in a TensorRT engine, as a "
+    "CUDA kernel in that function's place.",
 )  # fmt: skip
 @click.option(
     "--chunk", "chunks", type=click.IntRange(0), multiple=True, metavar="T", default=(16, 64, 256),
@@ -40,6 +41,11 @@ from rwkv_edge.errors import MissingDependencyError
 )  # fmt: skip
 @adapter_options
 @click.option("--state", type=PATH, metavar="FILE", help="Tuned state (blocks.i.att.time_state) to begin with.")
+@click.option(
+    "--format", "form", type=click.Choice(["onnx", "engine", "both"]), default="onnx", show_default=True,
+    help="ONNX graphs, TensorRT engines, or both; engines alone cannot be built again. What follows is for engines.",
+)  # fmt: skip
+@engine_options
 def command(
     checkpoint: Path,
     output: Path | None,
@@ -53,6 +59,8 @@ def command(
     lora: Path | None,
     lora_alpha: float | None,
     state: Path | None,
+    form: str,
+    **engine: object,
 ) -> None:
     """Write the artifact of CHECKPOINT: step.onnx, weights.bin, manifest.json and the tokenizer.
 
@@ -61,18 +69,17 @@ def command(
 
     Example: rwkv-edge export RWKV-x070-World-0.1B.pth --precision fp16
     """
-    try:
+    with needs("export", "exporting"):
         from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "torch", "export", "exporting") from error
     from rwkv_edge.checkpoints.adapters import open_merged
 
+    plan = planned_engines(form, precision, wkv, engine)  # refuses before the export what cannot be built after it
     name = checkpoint.resolve().name if checkpoint.is_dir() else checkpoint.stem
     target = output or Path(f"{name}-{precision}")
     options = ExportOptions(
         precision=precision,
         batch=None if batch == "dynamic" else int(batch),
-        wkv=wkv,
+        wkv="function" if wkv == "plugin" else wkv,
         tokenizer=tokenizer,
         rescale=rescale,
         state=state,
@@ -90,3 +97,4 @@ def command(
         f"{target}: RWKV-{spec.version}, {spec.n_layer} layers x {spec.n_embd}, {precision}, "
         f"{manifest.graphs[0].nodes} nodes, {size(total)}"
     )
+    add_engines(target, plan)

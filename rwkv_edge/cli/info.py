@@ -101,5 +101,10 @@ def _artifact_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"  graph        {graph['file']}: {graph['nodes']} nodes, wkv {graph['wkv']}, for {graph['target']}"
         )
+    for engine in facts["engines"]:
+        lines.append(
+            f"  engine       {engine['file']}: {engine['backend']} {engine['version']} for "
+            f"{', '.join(engine['targets'])}, wkv {engine['wkv']}, {size(engine['bytes'])}"
+        )
     lines.append(f"  source       {facts['source'].get('file')} ({facts['source'].get('layout')})")
     return lines + [f"  warning      {warning}" for warning in facts["warnings"]]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rwkv_edge.artifact import Artifact
+from rwkv_edge.artifact import Artifact, Manifest
 from rwkv_edge.checkpoints import Checkpoint, open_checkpoint, open_stored
 from rwkv_edge.checkpoints.adapters import is_adapter, read_adapter
 from rwkv_edge.checkpoints.folder import is_folder, weight_files
@@ -100,7 +101,7 @@ def _describe_checkpoint(path: Path, bandwidth: float | None) -> dict[str, Any]:
 def _describe_artifact(path: Path, bandwidth: float | None) -> dict[str, Any]:
     artifact = Artifact.open(path)
     manifest, spec = artifact.manifest, artifact.manifest.spec
-    nbytes = manifest.files[WEIGHTS].nbytes
+    nbytes = _weight_bytes(manifest)
     return {
         "kind": "artifact",
         "path": str(path),
@@ -115,12 +116,23 @@ def _describe_artifact(path: Path, bandwidth: float | None) -> dict[str, Any]:
             {"file": g.file, "kind": g.kind, "tokens": g.tokens, "target": g.target, "nodes": g.nodes, "wkv": g.wkv}
             for g in manifest.graphs
         ],
+        "engines": [
+            {**asdict(engine), "targets": list(engine.targets), "bytes": manifest.files[engine.file].nbytes}
+            for engine in manifest.engines
+        ],
         "tokenizer": manifest.tokenizer["kind"] if manifest.tokenizer else None,
         "model_hash": manifest.model_hash,
         "tools": dict(manifest.tools),
         "warnings": list(manifest.warnings),
         "tokens_per_second_bound": {spec.precision: _bounds(nbytes, spec, bandwidth)},
     }
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    """Size of the weights; in an artifact of engines only, of the smallest engine, which holds them."""
+    if WEIGHTS in manifest.files:
+        return manifest.files[WEIGHTS].nbytes
+    return min(manifest.files[engine.file].nbytes for engine in manifest.engines)
 
 
 def _dimensions(spec: ModelSpec) -> dict[str, Any]:

@@ -260,6 +260,9 @@ class Tracer:
                 body, formal, domain=FUNCTION_DOMAIN, name=name, opset_imports={"": OPSET}
             )
         outputs = self.builder.call(self._functions[name], *values, _outputs=len(like))
+        producer = outputs[0].producer()
+        assert producer is not None  # the call
+        producer.attributes.add(ir.AttrString("plugin_namespace", FUNCTION_DOMAIN))  # where TensorRT looks for a plugin
         for value, index in zip(outputs, like, strict=True):
             value.type, value.shape = values[index].type, values[index].shape
         return tuple(self.symbol(value) for value in outputs)
