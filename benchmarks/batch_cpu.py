@@ -40,9 +40,9 @@ def main() -> None:
         return lambda: seconds_per_call(lambda: session.step(feeds[count], states[count]), STEPS)
 
     measures = {str(count): measure(count) for count in STREAMS}
-    medians = in_turns(measures, options.runs)
-    total = {name: int(name) / seconds for name, seconds in medians.items()}
-    ratios = {name: speed / total["1"] for name, speed in total.items()}
+    turns = in_turns(measures, options.runs)
+    total = {name: int(name) / turns.median(name) for name in measures}
+    ratios = {name: int(name) * turns.ratio("1", name) for name in measures}
     rows = [[name, f"{total[name]:.1f}", f"{ratios[name]:.2f} x"] for name in total]
     figures = {"total_tokens_per_second": total, "over_one_stream": ratios, "relative_difference": difference}
     title = f"Batch decode, 12 x 768 fp32, {THREADS} threads"

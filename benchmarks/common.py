@@ -12,7 +12,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def arguments(description: str) -> argparse.Namespace:
     name = Path(sys.argv[0]).stem
     parser.add_argument("--work", type=Path, default=Path("artifacts/bench"), help="folder for checkpoints and exports")
     parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="where to write the figures")
-    parser.add_argument("--runs", type=int, default=5, help="turns that the medians are taken over")
+    parser.add_argument("--runs", type=int, default=9, help="turns that the medians are taken over")
     parser.add_argument("--all", action="store_true", help="every version and layout, where the script knows more")
     parsed = parser.parse_args()
     parsed.work.mkdir(parents=True, exist_ok=True)
@@ -45,13 +46,29 @@ def checkpoint_of(size: str, work: Path) -> Path:
     return path if path.exists() else save_pth(random_v7(OFFICIAL_7[size]), path)
 
 
-def in_turns(measures: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
-    """Median seconds of each measure, taken in turns so that a change of the machine's speed meets all of them."""
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of several measures, taken in turns so that a change of the machine's speed meets all of them."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Of one measure."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str, over: str) -> float:
+        """Median of the ratios of two measures, turn by turn."""
+        pairs = zip(self.seconds[name], self.seconds[over], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def in_turns(measures: Mapping[str, Callable[[], float]], runs: int) -> Turns:
+    """Take each measure once a turn, for ``runs`` turns."""
     seconds: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(runs):
         for name, measure in measures.items():
             seconds[name].append(measure())
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return Turns(seconds)
 
 
 def seconds_per_call(call: Callable[[], object], count: int) -> float:

@@ -83,13 +83,13 @@ def main() -> None:
         model.forward(list(tokens), None)
         return time.perf_counter() - start
 
-    medians = in_turns({"chunks": chunks, "steps": steps, "rwkv": theirs}, options.runs)
+    turns = in_turns({"chunks": chunks, "steps": steps, "rwkv": theirs}, options.runs)
     memory = {graphs: resident_mb(artifact, graphs) for graphs in ("step", "all")}
-    speed = {name: PROMPT / seconds for name, seconds in medians.items()}
+    speed = {name: PROMPT / turns.median(name) for name in turns.seconds}
     figures = {
         "tokens_per_second": speed,
-        "over_rwkv": speed["chunks"] / speed["rwkv"],
-        "over_steps": speed["chunks"] / speed["steps"],
+        "over_rwkv": turns.ratio("rwkv", "chunks"),
+        "over_steps": turns.ratio("steps", "chunks"),
         "resident_mb": memory,
         "resident_ratio": memory["all"] / memory["step"],
         "relative_difference": difference,
@@ -97,7 +97,7 @@ def main() -> None:
     rows = [
         ["rwkv-edge, chunks", f"{speed['chunks']:.0f}", f"{figures['over_rwkv']:.2f} x"],
         ["rwkv 0.8.32, sequence mode", f"{speed['rwkv']:.0f}", "1 x"],
-        ["rwkv-edge, single steps", f"{speed['steps']:.0f}", f"{speed['steps'] / speed['rwkv']:.2f} x"],
+        ["rwkv-edge, single steps", f"{speed['steps']:.0f}", f"{turns.ratio('rwkv', 'steps'):.2f} x"],
     ]
     title = (
         f"Prefill of {PROMPT} tokens, 12 x 768 fp32, {THREADS} threads; resident memory with all graphs "

@@ -44,7 +44,7 @@ def main() -> None:
         session.close()
         return seconds
 
-    medians = in_turns(
+    turns = in_turns(
         {
             "ours": ours,
             "rwkv": lambda: seconds_per_call(lambda: model.forward([5], theirs), STEPS),
@@ -52,20 +52,25 @@ def main() -> None:
         },
         options.runs,
     )
-    bandwidth = 1 / medians["read"]
-    share = nbytes / medians["ours"] / 1e9 / bandwidth
+    bandwidth = 1 / turns.median("read")
+    share = nbytes / 1e9 * turns.ratio("read", "ours")
     figures = {
-        "tokens_per_second": 1 / medians["ours"],
-        "rwkv_tokens_per_second": 1 / medians["rwkv"],
-        "ratio": medians["rwkv"] / medians["ours"],
+        "tokens_per_second": 1 / turns.median("ours"),
+        "rwkv_tokens_per_second": 1 / turns.median("rwkv"),
+        "ratio": turns.ratio("rwkv", "ours"),
         "bandwidth_gb_s": bandwidth,
         "share_of_bandwidth": share,
         "nodes": manifest.graphs[0].nodes,
         "relative_difference": difference,
     }
     rows = [
-        ["rwkv-edge, ONNX Runtime", f"{1 / medians['ours']:.1f}", f"{figures['ratio']:.2f} x", f"{100 * share:.0f} %"],
-        ["rwkv 0.8.32, cpu fp32", f"{1 / medians['rwkv']:.1f}", "1 x", f"{100 * share / figures['ratio']:.0f} %"],
+        [
+            "rwkv-edge, ONNX Runtime",
+            f"{1 / turns.median('ours'):.1f}",
+            f"{figures['ratio']:.2f} x",
+            f"{100 * share:.0f} %",
+        ],
+        ["rwkv 0.8.32, cpu fp32", f"{1 / turns.median('rwkv'):.1f}", "1 x", f"{100 * share / figures['ratio']:.0f} %"],
     ]
     title = f"Decode, 12 x 768 fp32, {THREADS} threads; memory reads {bandwidth:.1f} GB/s; {figures['nodes']} nodes"
     report(title, ("", "tokens/s", "ratio", "share of bandwidth"), rows, figures, options.json)

@@ -11,7 +11,7 @@
     ├── ExportError                    a graph that cannot be built
     ├── VerificationError              parity past the tolerance
     ├── SessionError                   a backend that cannot open or run a graph
-    │   └── StateError                 a state of another model, shape or content
+    │   └── StateError                 a state of another model, shape or content; a snapshot that cannot be written
     └── TokenizerError                 a vocabulary that does not fit, text that cannot be encoded
 
 Every message is one sentence that says what was expected, what was found and what to do next.
@@ -67,7 +67,7 @@ class SessionError(RwkvEdgeError):
 
 
 class StateError(SessionError):
-    """A state belongs to another model, has another shape, or holds NaN."""
+    """A state belongs to another model, has another shape, or holds NaN; or its file cannot be read or written."""
 
 
 class TokenizerError(RwkvEdgeError):

@@ -18,9 +18,13 @@ MESSAGE_CHARACTERS = 1000
 
 COMMANDS = {
     "export": "Write the artifact (ONNX graph, weights, tokenizer) of a checkpoint.",
+    "build": "Build the TensorRT engines of an artifact.",
     "info": "Tell what a checkpoint or an artifact is, without loading weights.",
     "verify": "Compare an artifact with its checkpoint, token by token.",
     "generate": "Continue a text.",
+    "state": "Look into snapshots of states.",
+    "cache": "Look into a cache of prompts, or empty it.",
+    "soak": "Run an artifact for a million tokens and watch it.",
     "demo": "Export, verify and run the small model that ships with the package.",
 }
 """Name → first line of its help, so that listing them imports none."""

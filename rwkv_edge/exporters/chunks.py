@@ -16,7 +16,7 @@ import onnx_ir as ir
 MAX_TOKENS = 1024
 """The longest chunk: what a graph of unrolled runs may reasonably hold."""
 
-RUN_7 = 64  # RWKV-7: beyond it e^−cum leaves float32's precision
+RUN_7 = 32  # RWKV-7: measured against 16 and 64; beyond 64 e^−cum leaves float32's precision
 RUN_6 = 16  # RWKV-5 and 6: tokens whose pairwise decays are held at once, [B, H, 16, 16, N]
 NOTHING = -1e30  # exponent of an empty sum in RWKV-4
 
@@ -42,9 +42,9 @@ class Streams7:
 
 
 def wkv7_chunk(
-    op: Any, constant: Constant, state: ir.Value, streams: Streams7, tokens: int
+    op: Any, constant: Constant, state: ir.Value, streams: Streams7, tokens: int, head_size: int
 ) -> tuple[ir.Value, ir.Value]:
-    """RWKV-7 over T tokens, in runs of 64 that hand the state on.
+    """RWKV-7 over T tokens, in runs of at most 32 that hand the state on.
 
     Args:
         op: operators.
@@ -52,52 +52,71 @@ def wkv7_chunk(
         state: S₀ [B, H, N (value), N (key)].
         streams: inputs.
         tokens: T.
+        head_size: N.
 
     Returns:
         y [B, H, T, N] and the new S.
     """
-    if tokens <= RUN_7:
-        return _wkv7_run(op, constant, state, streams, tokens)
     outputs = []
-    for start in range(0, tokens, RUN_7):
-        stop = min(start + RUN_7, tokens)
-        y, state = _wkv7_run(op, constant, state, streams.part(op, start, stop), stop - start)
-        outputs.append(y)
-    return op.Concat(*outputs, axis=2), state
+    rest = tokens % RUN_7
+    for start, stop in ((0, tokens - rest), (tokens - rest, tokens)):
+        if start < stop:
+            part = streams if stop - start == tokens else streams.part(op, start, stop)
+            y, state = _wkv7_runs(op, constant, state, part, min(RUN_7, stop - start), stop - start, head_size)
+            outputs.append(y)
+    return op.Concat(*outputs, axis=2) if len(outputs) > 1 else outputs[0], state
 
 
-def _wkv7_run(
-    op: Any, constant: Constant, state: ir.Value, streams: Streams7, tokens: int
+def _wkv7_runs(
+    op: Any, constant: Constant, state: ir.Value, streams: Streams7, run: int, tokens: int, head_size: int
 ) -> tuple[ir.Value, ir.Value]:
-    """RWKV-7 over at most 64 tokens.
+    """RWKV-7 over C = ``tokens`` / ``run`` runs of R tokens; all but the state is computed for all runs at once.
 
-    With P_t the product of decays up to t, α_t = −kk_t∘P_{t−1}, β_t = (kk∘a)_t/P_t, κ_t = k_t/P_t, ρ_t = r_t∘P_t, the
-    removals U solve (I − A) U = α S₀ᵀ + B V with A = tril(α βᵀ, −1) and B = tril(α κᵀ, −1); then
-    y = ρ S₀ᵀ + tril(ρ βᵀ) U + tril(ρ κᵀ) V and S = (S₀ + Uᵀβ + Vᵀκ)∘P_T.
+    In a run, with P_t the product of decays up to t, α_t = −kk_t∘P_{t−1}, β_t = (kk∘a)_t/P_t, κ_t = k_t/P_t and
+    ρ_t = r_t∘P_t, the removals are U = X (α Sᵀ + tril(α κᵀ, −1) V) with X = (I − tril(α βᵀ, −1))⁻¹; then
+    y = ρ Sᵀ + tril(ρ βᵀ) U + tril(ρ κᵀ) V and S ← (S + Uᵀβ + Vᵀκ)∘P_R. All of it is linear in S: S ← S G + K, and
+    y = Q Sᵀ + Y.
     """
-    lower, strict = (
-        constant(f"{name}{tokens}", make(tokens)) for name, make in (("tril", _lower), ("strict", _strict))
+    count = tokens // run
+    r, decay_log, k, v, kk, a = (
+        op.Reshape(x, [0, 0, count, run, head_size])
+        for x in (streams.r, streams.decay_log, streams.k, streams.v, streams.kk, streams.a)
     )
-    cum = op.MatMul(lower, streams.decay_log)
-    grown, shrunk = op.Exp(op.Neg(cum)), op.Exp(cum)
-    alpha = op.Neg(op.Mul(streams.kk, op.Exp(op.Sub(cum, streams.decay_log))))
-    beta = op.Mul(op.Mul(streams.kk, streams.a), grown)
-    kappa = op.Mul(streams.k, grown)
-    rho = op.Mul(streams.r, shrunk)
-    beta_t, kappa_t, state_t = _t(op, beta), _t(op, kappa), _t(op, state)
-    inverse = inverse_of_unit_lower(op, constant, op.Mul(op.MatMul(alpha, beta_t), strict), tokens)
-    known = op.Mul(op.MatMul(alpha, kappa_t), strict)
-    removed = op.MatMul(inverse, op.Add(op.MatMul(alpha, state_t), op.MatMul(known, streams.v)))
-    y = op.Add(
-        op.MatMul(rho, state_t),
-        op.Add(
-            op.MatMul(op.Mul(op.MatMul(rho, beta_t), lower), removed),
-            op.MatMul(op.Mul(op.MatMul(rho, kappa_t), lower), streams.v),
-        ),
+    lower, strict = (constant(f"{name}{run}", make(run)) for name, make in (("tril", _lower), ("strict", _strict)))
+    cum = op.MatMul(lower, decay_log)  # [B, H, C, R, N]
+    last = op.Slice(cum, [run - 1], [run], [3])
+    grown, left = op.Exp(op.Neg(cum)), op.Exp(op.Sub(last, cum))
+    alpha = op.Neg(op.Mul(kk, op.Exp(op.Sub(cum, decay_log))))
+    rate = op.Mul(kk, a)
+    beta_t, kappa_t = _t(op, op.Mul(rate, grown)), _t(op, op.Mul(k, grown))
+    rho = op.Mul(r, op.Exp(cum))
+    inverse = inverse_of_unit_lower(op, constant, op.Mul(op.MatMul(alpha, beta_t), strict), run)
+    by_state = op.MatMul(inverse, alpha)
+    by_value = op.MatMul(inverse, op.MatMul(op.Mul(op.MatMul(alpha, kappa_t), strict), v))
+    seen = op.Mul(op.MatMul(rho, beta_t), lower)
+    fixed = op.Add(op.MatMul(op.Mul(op.MatMul(rho, kappa_t), lower), v), op.MatMul(seen, by_value))
+    query = op.Add(rho, op.MatMul(seen, by_state))
+    beta_end, kappa_end = op.Mul(rate, left), op.Mul(k, left)
+    kept = op.Mul(constant(f"eye{head_size}", np.eye(head_size)), op.Exp(last))
+    carry = op.Add(kept, op.MatMul(_t(op, by_state), beta_end))  # G
+    added = op.Add(op.MatMul(_t(op, by_value), beta_end), op.MatMul(_t(op, v), kappa_end))  # K
+    states, after = _carried(op, state, carry, added, count)
+    y = op.Add(op.MatMul(query, _t(op, states)), fixed)
+    return op.Reshape(y, [0, 0, tokens, head_size]), after
+
+
+def _carried(op: Any, state: ir.Value, carry: ir.Value, added: ir.Value, count: int) -> tuple[ir.Value, ir.Value]:
+    """The states before each of ``count`` runs [B, H, C, N, N], and the one after the last, by S ← S G + K."""
+    current = op.Unsqueeze(state, [2])
+    states = []
+    carries, adds = (
+        op.Split(x, axis=2, num_outputs=count, _outputs=count) if count > 1 else [x] for x in (carry, added)
     )
-    added = op.Add(op.MatMul(_t(op, removed), beta), op.MatMul(_t(op, streams.v), kappa))
-    total = op.Slice(shrunk, [tokens - 1], [tokens], [2])  # P_T [B, H, 1, N]
-    return y, op.Mul(op.Add(state, added), total)
+    for carry_c, added_c in zip(carries, adds, strict=True):
+        states.append(current)
+        current = op.Add(op.MatMul(current, carry_c), added_c)
+    stacked = op.Concat(*states, axis=2) if count > 1 else states[0]
+    return stacked, op.Squeeze(current, [2])
 
 
 def inverse_of_unit_lower(op: Any, constant: Constant, a: ir.Value, tokens: int) -> ir.Value:
@@ -248,8 +267,10 @@ def _shifted(op: Any, constant: Constant, x: ir.Value, span: int, length: int, f
 
 
 def _t(op: Any, x: ir.Value) -> ir.Value:
-    """The last two of four axes exchanged."""
-    transposed: ir.Value = op.Transpose(x, perm=[0, 1, 3, 2])
+    """The last two axes exchanged."""
+    assert x.shape is not None
+    rank = len(x.shape)
+    transposed: ir.Value = op.Transpose(x, perm=[*range(rank - 2), rank - 1, rank - 2])
     return transposed
 
 

@@ -42,6 +42,13 @@ class SequenceTracer(Tracer):
         self._rows = spec.batch * tokens if spec.batch else -1
         self._all_logits = all_logits
 
+    def mix(self, x: Symbol, delta: Symbol, name: str, count: int) -> tuple[Symbol, ...]:
+        """A multiply-add for each coefficient: of many rows, a Split would be one more copy."""
+        if count == 1:
+            return super().mix(x, delta, name, count)
+        parts = self.op.Split(self.param(name).value, axis=0, num_outputs=count, _outputs=count)
+        return tuple(x + delta * self.symbol(self.op.Squeeze(part, [0])) for part in parts)
+
     def token_shift(self, x: Symbol, previous: Symbol) -> tuple[Symbol, Symbol]:
         """The state and all rows but the last; and the last."""
         width = self._spec.n_embd
@@ -103,7 +110,7 @@ class SequenceTracer(Tracer):
     ) -> tuple[Symbol, Symbol]:
         """The chunk form by masked recursion."""
         streams = Streams7(*(self._streams(x) for x in (r, decay_log, k, v, kk, a)))
-        y, after = wkv7_chunk(self.op, self._constant, state.value, streams, self._tokens)
+        y, after = wkv7_chunk(self.op, self._constant, state.value, streams, self._tokens, self._spec.head_size)
         return self._rows_of(y), self.symbol(after)
 
     def _last(self, streams: ir.Value) -> Symbol:

@@ -34,22 +34,27 @@ class Step:
     logits: NDArray[np.float32]
 
 
-def generate_step(session: Session[S], sampler: Sampler, state: S, tokens: Sequence[int]) -> Iterator[Step]:
+def generate_step(
+    session: Session[S], sampler: Sampler, state: S, tokens: Sequence[int], logits: NDArray[np.float32] | None = None
+) -> Iterator[Step]:
     """Feed ``tokens`` to ``state`` by prefill, then draw one token after another, forever; stop by not asking for more.
 
     ``state`` has batch 1 and advances in place. While a step is with the caller, the state has consumed the prompt and
     every token drawn before, but not the token of that step. A state saved there is resumed exactly by passing that
-    token as ``tokens``. Nothing runs before the first step is asked for.
+    token as ``tokens``. Nothing runs before the first step is asked for. Where the state has consumed ``tokens``
+    already, ``logits`` are those [V] after the last of them, and nothing is fed.
 
     Raises:
         InputError: at the call: no tokens, or one that is not in the model's vocabulary.
         SessionError: from a step: the backend failed, or the logits hold NaN.
     """
-    return _steps(session, sampler, state, _checked_prompt(tokens, session.spec))
+    return _steps(session, sampler, state, _checked_prompt(tokens, session.spec), logits)
 
 
-def _steps(session: Session[S], sampler: Sampler, state: S, prompt: NDArray[np.int64]) -> Iterator[Step]:
-    logits = session.prefill(prompt, state)
+def _steps(
+    session: Session[S], sampler: Sampler, state: S, prompt: NDArray[np.int64], read: NDArray[np.float32] | None
+) -> Iterator[Step]:
+    logits = session.prefill(prompt, state) if read is None else read[None]
     while True:
         token = sampler.sample(logits[0])
         yield Step(token, logits[0])
@@ -90,6 +95,7 @@ class Generation(Iterator[str], Generic[S]):
         stop_tokens: Collection[int],
         prompt_tokens: int,
         max_tokens: int,
+        flush: bool,
     ) -> None:
         self.state = state
         self.prompt_tokens = prompt_tokens
@@ -103,6 +109,7 @@ class Generation(Iterator[str], Generic[S]):
         self._stops = stops
         self._stop_tokens = frozenset(stop_tokens)
         self._max_tokens = max_tokens
+        self._flush = flush
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -162,7 +169,7 @@ class Generation(Iterator[str], Generic[S]):
     def _ended(self, reason: Reason, piece: str) -> str:
         self.reason = reason
         self.close()
-        rest, _ = self._stops.push(self._text.flush())
+        rest, _ = self._stops.push(self._text.flush() if self._flush else "")
         return piece + rest + self._stops.flush()
 
 
@@ -176,12 +183,17 @@ def generate_text(
     max_tokens: int,
     stop_tokens: Collection[int] | None = None,
     stops: Sequence[str] = (),
+    logits: NDArray[np.float32] | None = None,
+    text: TextStream | None = None,
 ) -> Generation[S]:
     """Generate text after ``prompt``, a text or its tokens: an iterator of pieces that also holds tokens and timings.
 
     ``state`` (batch 1) is continued and advances in place; None starts from the session's initial state. Generation
     ends after ``max_tokens`` tokens, at a token of ``stop_tokens`` (by default the tokenizer's ``eos_ids``), or where
     one of the texts ``stops`` is complete. Nothing runs before the first piece is asked for.
+
+    Where ``state`` has consumed the prompt already, ``logits`` are those [V] after its last token. A ``text`` that is
+    given continues with the character that it holds half of, and keeps half of one at the end.
 
     Raises:
         InputError: an empty prompt, a token outside the vocabulary, ``max_tokens`` below 1, an empty stop string.
@@ -195,11 +207,12 @@ def generate_text(
     checked = _checked_prompt(tokens, session.spec)
     state = session.initial_state(1) if state is None else state
     return Generation(
-        _steps(session, sampler, state, checked),
+        _steps(session, sampler, state, checked, logits),
         state,
-        TextStream(tokenizer),
+        TextStream(tokenizer) if text is None else text,
         stop_text,
         stop_tokens=tokenizer.eos_ids if stop_tokens is None else stop_tokens,
         prompt_tokens=len(tokens),
         max_tokens=max_tokens,
+        flush=text is None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,19 @@ from rwkv_edge.runtime.ort_graph import (
     SharedWeights,
     checked_graph,
     checked_providers,
+    onnxruntime_module,
     open_graph,
     spec_of,
 )
 from rwkv_edge.runtime.ort_state import OrtState
-from rwkv_edge.runtime.session import checked_batch, checked_tokens, named_from_stored, stored_from_named
+from rwkv_edge.runtime.session import (
+    Watch,
+    checked_batch,
+    checked_tokens,
+    chunk_plan,
+    named_from_stored,
+    stored_from_named,
+)
 from rwkv_edge.spec import ModelSpec, stored_from_float32
 
 WEIGHTS_FILE = "weights.bin"
@@ -37,17 +46,24 @@ class OrtSession:
     """
 
     def __init__(
-        self, artifact: Artifact, providers: Sequence[str] | None = None, threads: int = 0, check_content: bool = True
+        self,
+        artifact: Artifact,
+        providers: Sequence[str] | None = None,
+        threads: int = 0,
+        check_content: bool = True,
+        prepack: bool = False,
     ) -> None:
         """See `rwkv_edge.runtime.session.open_session`."""
-        self._providers, self._threads = checked_providers(providers), threads
+        self._providers, self._threads, self._prepack = checked_providers(providers), threads, prepack
         self._target = "cpu" if self._providers[0] == CPU else "gpu"
         self._artifact: Artifact | None = artifact
         self.spec = artifact.manifest.spec
         self.model_hash: str | None = artifact.manifest.model_hash
+        initial = artifact.manifest.initial_state
+        self.initial_hash = None if initial is None else artifact.manifest.files[initial].sha256
         step = artifact.graph("step", self._target)
         if check_content:  # small files first: a damaged graph can crash the parser
-            artifact.check_content(*(name for name in artifact.manifest.files if name != WEIGHTS_FILE))
+            artifact.check_content(*(name for name in artifact.exported_files if name != WEIGHTS_FILE))
         check = _ContentCheck(artifact) if check_content else None
         try:
             self._weights = self._shared_weights(artifact)
@@ -76,17 +92,42 @@ class OrtSession:
         """One token for each stream."""
         return state.run(self._step, checked_tokens(tokens, 1, state.batch, self.spec)).copy()
 
-    def prefill(self, tokens: Sequence[Sequence[int]] | np.ndarray, state: OrtState) -> np.ndarray:
+    def step_rows(self, tokens: Sequence[int] | np.ndarray, state: OrtState) -> np.ndarray:
+        """One token for each of the first streams, as many as there are tokens; the others keep their state.
+
+        Theirs stays in the set of tensors that was current, see `OrtState`.
+        """
+        array = checked_tokens(tokens, 1, len(tokens), self.spec)
+        return state.run(self._step, array, len(array)).copy()
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Those of the artifact's prefill graphs."""
+        return tuple(entry.tokens for entry in self._chunk_entries("prefill"))
+
+    @property
+    def numerics(self) -> str:
+        """Threads count too: ONNX Runtime splits its sums by them."""
+        threads = self._threads or f"{os.cpu_count()} (automatic)"
+        name = f"onnxruntime {onnxruntime_module().__version__}, {', '.join(self._providers)}, threads {threads}"
+        return f"{name}, prepacked" if self._prepack else name
+
+    def prefill(
+        self, tokens: Sequence[Sequence[int]] | np.ndarray, state: OrtState, watch: Watch | None = None
+    ) -> np.ndarray:
         """Largest chunks first, then smaller ones, then single steps."""
         array = checked_tokens(tokens, 2, state.batch, self.spec)
+        graphs = {entry.tokens: entry for entry in self._chunk_entries("prefill")}
         at = 0
         logits = np.empty(0, np.float32)
-        for entry in self._chunk_entries("prefill"):
-            while array.shape[1] - at >= entry.tokens:
-                logits = state.run(self._chunk(entry), array[:, at : at + entry.tokens])
-                at += entry.tokens
-        for column in array[:, at:].T:
-            logits = state.run(self._step, column)
+        for length in chunk_plan(array.shape[1], tuple(graphs)):
+            if length in graphs:
+                logits = state.run(self._chunk(graphs[length]), array[:, at : at + length])
+            else:
+                logits = state.run(self._step, array[:, at])
+            at += length
+            if watch is not None:
+                watch(at, logits)
         self._drop_chunks()
         return logits.copy()
 
@@ -134,7 +175,8 @@ class OrtSession:
     def _open(self, entry: GraphEntry) -> OrtGraph:
         assert self._artifact is not None
         path = self._artifact.path / entry.file
-        session = open_graph(path, self._providers, self._threads, self._weights)
+        prepack = self._prepack and entry.kind == "step"  # a copy of the weights for every graph
+        session = open_graph(path, self._providers, self._threads, self._weights, prepack)
         return checked_graph(session, self.spec, path, entry.tokens, entry.kind == "score")
 
     def _chunk_entries(self, kind: str) -> list[GraphEntry]:
@@ -156,27 +198,30 @@ class OrtSession:
 class _BareSession(OrtSession):
     """A session of a graph that lies beside its weights, without a manifest: single steps only."""
 
-    def __init__(self, path: Path, providers: Sequence[str] | None, threads: int) -> None:
-        self._providers, self._threads = checked_providers(providers), threads
+    def __init__(self, path: Path, providers: Sequence[str] | None, threads: int, prepack: bool) -> None:
+        self._providers, self._threads, self._prepack = checked_providers(providers), threads, prepack
         self._target = "cpu" if self._providers[0] == CPU else "gpu"
         self._artifact = None
         self._weights = None
-        session = open_graph(path, self._providers, threads, None)
+        session = open_graph(path, self._providers, threads, None, prepack)
         self.spec: ModelSpec = spec_of(session, path)
         self.model_hash = None
+        self.initial_hash = None
         self._step = checked_graph(session, self.spec, path)
         self._start = {}
         self._chunks = {}
         self._keep_chunks = True
 
 
-def session_from_graph(path: Path, providers: Sequence[str] | None = None, threads: int = 0) -> OrtSession:
+def session_from_graph(
+    path: Path, providers: Sequence[str] | None = None, threads: int = 0, prepack: bool = False
+) -> OrtSession:
     """A session from a bare step graph, described by its own metadata.
 
     Raises:
         SessionError: it cannot be opened, or does not describe itself.
     """
-    return _BareSession(path, providers, threads)
+    return _BareSession(path, providers, threads, prepack)
 
 
 class _ContentCheck:

@@ -67,6 +67,15 @@ class OrtState:
         self.current = 1 - self.current
         return bound.logits
 
+    def row(self, row: int, side: int) -> dict[str, np.ndarray]:
+        """Views [1, …] of one stream in one of the sets."""
+        return {name: array[row : row + 1] for name, array in self.sets[side].items()}
+
+    def set_row(self, row: int, side: int, stored: Mapping[str, np.ndarray]) -> None:
+        """Give one stream in one of the sets the values of arrays [1, …]."""
+        for name, array in self.sets[side].items():
+            array[row] = stored[name][0]
+
     def _bound_to(self, graph: OrtGraph, side: int, rows: int) -> _Bound:
         """Made once per graph, direction and number of rows."""
         known = self._bound.setdefault(graph, {})

@@ -10,6 +10,7 @@ from rwkv_edge.runtime.loop import generate_step, generate_text
 from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
 from rwkv_edge.spec import ModelSpec
 from rwkv_edge.tokenizers import ByteTokenizer
+from rwkv_edge.tokenizers.stream import TextStream
 
 VOCABULARY = 256
 
@@ -274,3 +275,38 @@ def test_bad_input_is_refused_at_the_call():
         generate(max_tokens=0)
     with pytest.raises(InputError, match="non-empty"):
         generate(stops=[""])
+
+
+# A text that was begun before
+
+
+def test_a_prompt_that_was_read_already():
+    session, state = FakeSession(), FakeState(1)
+    state.consumed = [1, 2, 3]
+    logits = session.logits(state)[0]
+    steps = list(itertools.islice(generate_step(session, sampler(), state, [1, 2, 3], logits), 4))
+    again = FakeState(1)
+    expected = list(itertools.islice(generate_step(FakeSession(), sampler(), again, [1, 2, 3]), 4))
+    assert [step.token for step in steps] == [step.token for step in expected]
+    assert session.calls == ["step"] * 3
+    assert state.consumed == again.consumed
+
+
+def written(script, stream):
+    """The text of a generation that goes on with ``stream``."""
+    model = FakeSession(script), ByteTokenizer()
+    return "".join(generate_text(*model, "p", sampler=sampler(), max_tokens=len(script), text=stream))
+
+
+@pytest.mark.parametrize("length", range(1, 12))
+def test_a_text_goes_on_in_the_middle_of_a_character(length):
+    text, stream = "é世界🙂!", TextStream(ByteTokenizer())
+    content = text.encode()
+    assert written(content[:length], stream) + written(content[length:], stream) == text
+    assert stream.flush() == ""
+
+
+def test_half_a_character_stays_in_the_text_that_was_given():
+    stream = TextStream(ByteTokenizer())
+    assert written("aé".encode()[:2], stream) == "a"
+    assert stream.flush() == "\ufffd"

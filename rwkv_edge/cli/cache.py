@@ -1,0 +1,44 @@
+"""``rwkv-edge cache``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rwkv_edge.cli.common import PATH, json_option, print_json, size
+
+
+@click.group("cache")
+def command() -> None:
+    """Look into the folder of `generate --cache`, or empty it."""
+
+
+@command.command("info")
+@click.argument("folder", metavar="DIR", type=PATH)
+@json_option
+def info(folder: Path, as_json: bool) -> None:
+    """Tell how many states DIR holds and how much they take.
+
+    Example: rwkv-edge cache info ~/.cache/rwkv-edge
+    """
+    from rwkv_edge.runtime.cache import cache_entries
+
+    entries = cache_entries(folder)
+    nbytes = sum(entry.nbytes for entry in entries)
+    if as_json:
+        print_json({"path": str(folder), "entries": len(entries), "bytes": nbytes})
+    else:
+        click.echo(f"{folder}: {len(entries)} states, {size(nbytes)}")
+
+
+@command.command("clear")
+@click.argument("folder", metavar="DIR", type=PATH)
+def clear(folder: Path) -> None:
+    """Remove all states in DIR, and nothing else that may be there.
+
+    Example: rwkv-edge cache clear ~/.cache/rwkv-edge
+    """
+    from rwkv_edge.runtime.cache import clear_cache
+
+    click.echo(f"{folder}: {size(clear_cache(folder))} removed")
