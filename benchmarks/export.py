@@ -1,6 +1,7 @@
 """Export of a 24-layer × 1024 RWKV-7 in fp32 (1.8 GB): seconds from the open checkpoint to the artifact, and peak RSS.
 
-Each export runs in a process of its own; its peak is the kernel's (ru_maxrss), all imports included. With --all, a
+Each export runs in a process of its own; its peak is the kernel's VmHWM, all imports included (ru_maxrss would begin
+with the parent's). With --all, a
 smaller model of every version, and of every layout of RWKV-7.
 """
 
@@ -28,7 +29,7 @@ from rwkv_edge.evaluation.synthetic import (
 )
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
@@ -37,7 +38,9 @@ checkpoint = open_checkpoint(sys.argv[1])
 start = time.perf_counter()
 export_checkpoint(checkpoint, Path(sys.argv[2]), ExportOptions(chunks=chunks))
 seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+lines = Path("/proc/self/status").read_text().splitlines()
+peak = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024}))
 """
 WIDE = Shape(8, 1024, vocab_size=65536)
 

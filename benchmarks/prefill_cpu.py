@@ -13,7 +13,7 @@ import numpy as np
 from common import arguments, checkpoint_of, in_turns, relative, report, rwkv_package
 
 from rwkv_edge.checkpoints import open_checkpoint
-from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
+from rwkv_edge.exporters.onnx import DEFAULT_CHUNKS, ExportOptions, export_checkpoint
 from rwkv_edge.runtime.session import open_session
 
 THREADS = 2
@@ -27,7 +27,7 @@ from rwkv_edge.runtime.session import open_session
 session = open_session(sys.argv[1], threads=2, check_content=False)
 state = session.initial_state()
 if sys.argv[2] == "all":
-    session.prefill([list(range(16 + 64 + 3))], state)
+    session.prefill([list(range(16 + 64 + 256 + 3))], state)
 for token in range(20):
     session.step([token], state)
 lines = Path("/proc/self/status").read_text().splitlines()
@@ -60,7 +60,7 @@ def main() -> None:
     def chunks() -> float:
         session = open_session(artifact, threads=THREADS, check_content=False)
         state = session.initial_state()
-        session.prefill([tokens[:80]], state)  # opens both graphs
+        session.prefill([tokens[: sum(DEFAULT_CHUNKS)]], state)  # opens all graphs
         start = time.perf_counter()
         session.prefill([tokens], state)
         seconds = time.perf_counter() - start
