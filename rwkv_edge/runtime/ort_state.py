@@ -61,7 +61,7 @@ class OrtState:
         bound = self._bound_to(graph, self.current, self.batch if rows is None else rows)
         bound.tokens[:] = tokens
         try:
-            graph.session.run_with_iobinding(bound.binding)
+            graph.session.run_with_iobinding(bound.binding, graph.run_options)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
             raise SessionError(f"ONNX Runtime failed at a step: {first_line(error)}") from error
         self.current = 1 - self.current
