@@ -25,7 +25,8 @@ def session_options(function: F) -> F:
     function = click.option("--threads", default=0, show_default="automatic", help="Compute threads.")(function)
     return click.option(
         "--provider", "providers", multiple=True, metavar="NAME",
-        help="Execution provider of ONNX Runtime, repeatable in order of preference.  [default: CPUExecutionProvider]",
+        help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, nv-tensorrt-rtx or its own name, with options "
+        "where needed (cuda:device_id=1); repeatable in order of preference.  [default: cpu]",
     )(function)  # fmt: skip
 
 

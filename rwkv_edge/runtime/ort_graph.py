@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rwkv_edge.errors import ArtifactError, MissingDependencyError, SessionError
+from rwkv_edge.errors import ArtifactError, SessionError
+from rwkv_edge.runtime.ort_memory import Device, bytes_of, view
+from rwkv_edge.runtime.ort_providers import CPU, onnxruntime_module
 from rwkv_edge.runtime.session import spec_from_metadata
 from rwkv_edge.spec import ITEM_SIZE, ModelSpec, numpy_dtype
 
 SPEC_KEY = "rwkv_edge.spec"
-CPU = "CPUExecutionProvider"
 ONNX_TYPE = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}  # TensorProto.DataType
 _KIND = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
@@ -24,13 +25,14 @@ _KIND = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "
 class OrtGraph:
     """An open graph: ``tokens`` per run (1 for a step), and whether it gives the logits of all of them.
 
-    ``run_options`` go with every run; None for the backend's own.
+    ``run_options`` go with every run; None for the backend's own. ``captured`` says that runs become CUDA graphs.
     """
 
     session: Any
     tokens: int
     all_logits: bool
     run_options: Any = None
+    captured: bool = False
 
     @property
     def input_name(self) -> str:
@@ -39,75 +41,78 @@ class OrtGraph:
 
 
 class SharedWeights:
-    """weights.bin, mapped once for all graphs: initializers that ONNX Runtime reads where they lie.
+    """weights.bin once for all graphs: initializers that ONNX Runtime reads where they lie, mapped or on a device.
 
-    Each graph would otherwise map the file again, and the memory of a process would seem to grow with every graph.
+    Each graph would otherwise map the file again, and the memory of a process would seem to grow with every graph; on
+    a GPU, each would take as much memory as the weights. ONNX Runtime takes an initializer from outside if it lies on
+    the device where its provider wants it, and else loads the file itself.
     """
 
-    def __init__(self, index: Path, weights: Path) -> None:
-        """Map the file.
+    def __init__(self, index: Path, weights: Path, device: Device | None = None) -> None:
+        """Map the file, and copy it to ``device`` if one is given.
 
         Args:
             index: weights.json.
             weights: weights.bin.
+            device: where the provider that runs the graphs has its memory; None for the host's, without a copy.
 
         Raises:
             ArtifactError: they do not fit each other.
+            SessionError: the device has not enough memory.
         """
-        ort = onnxruntime_module()
         self.values: dict[str, Any] = {}
+        self._block: Any = None
         try:
             mapped = np.memmap(weights, np.uint8, mode="r")
-            for entry in json.loads(index.read_bytes()):
-                start, stop = int(entry["offset"]), int(entry["offset"]) + int(entry["nbytes"])
-                dtype, shape = str(entry["dtype"]), [int(n) for n in entry["shape"]]
-                if not 0 <= start <= stop <= mapped.size or (stop - start) != int(np.prod(shape)) * ITEM_SIZE[dtype]:
-                    raise ValueError(f"'{entry['name']}' does not lie inside {weights.name}")
-                array = mapped[start:stop].view(numpy_dtype(dtype)).reshape(shape)
-                make = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-                self.values[entry["name"].encode().decode()] = make(array, ONNX_TYPE[dtype])  # a name of Unicode text
+            entries = list(_entries(index, weights.name, mapped))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ArtifactError(
                 f"{index} does not describe {weights.name} ({error}); export the checkpoint again"
             ) from error
+        make = onnxruntime_module().OrtValue.ortvalue_from_numpy_with_onnx_type
+        if device is None:
+            self.values = {name: make(array, ONNX_TYPE[dtype]) for name, dtype, _, array in entries}
+            return
+        self._block = device.block(mapped.size)
+        self._block.update_inplace(bytes_of(mapped))
+        for name, dtype, offset, array in entries:
+            self.values[name] = view(self._block, device, offset, array.shape, ONNX_TYPE[dtype])
 
 
-def onnxruntime_module() -> Any:
-    """The module.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "ort", "running a model on this backend") from error
-    return onnxruntime
-
-
-def checked_providers(providers: Sequence[str] | None) -> list[str]:
-    """The providers to use.
+def _entries(index: Path, weights: str, mapped: np.ndarray) -> Iterator[tuple[str, str, int, np.ndarray]]:
+    """Name, dtype, offset and values of every tensor.
 
     Raises:
-        SessionError: one is not available; the message lists those that are.
-        MissingDependencyError: ONNX Runtime is not installed.
+        ValueError: one does not lie inside the file; and what a text that is no index raises.
     """
-    available = onnxruntime_module().get_available_providers()
-    chosen = list(providers) if providers else [CPU]
-    for provider in chosen:
-        if provider not in available:
-            raise SessionError(f"provider '{provider}' is not available here; available are {', '.join(available)}")
-    return chosen
+    for entry in json.loads(index.read_bytes()):
+        start, stop = int(entry["offset"]), int(entry["offset"]) + int(entry["nbytes"])
+        dtype, shape = str(entry["dtype"]), [int(n) for n in entry["shape"]]
+        if not 0 <= start <= stop <= mapped.size or (stop - start) != int(np.prod(shape)) * ITEM_SIZE[dtype]:
+            raise ValueError(f"'{entry['name']}' does not lie inside {weights}")
+        name = entry["name"].encode().decode()  # a name of Unicode text
+        yield name, dtype, start, mapped[start:stop].view(numpy_dtype(dtype)).reshape(shape)
 
 
 def open_graph(
-    path: Path, providers: list[str], threads: int, weights: SharedWeights | None, prepack: bool = False
+    path: Path,
+    providers: list[tuple[str, dict[str, str]]],
+    threads: int,
+    weights: SharedWeights | None,
+    prepack: bool = False,
 ) -> Any:
     """An InferenceSession whose first provider is the wanted one.
 
     Weights are used where they lie, without ONNX Runtime's repacking: measured, a step of one stream is as fast,
     opening takes a twentieth of the time, and no second copy of the weights is made. With ``prepack`` they are
     repacked: steps of several streams, which else repack them every time, are up to twice as fast.
+
+    Args:
+        path: the graph.
+        providers: from `rwkv_edge.runtime.ort_providers.session_providers`.
+        threads: compute threads; 0 for automatic.
+        weights: shared with other graphs; None to load them from the file.
+        prepack: see above.
 
     Raises:
         SessionError: the graph cannot be opened, or the provider does not start.
@@ -125,9 +130,10 @@ def open_graph(
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         raise SessionError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
-    if session.get_providers()[0] != providers[0]:
+    wanted, found = providers[0][0], session.get_providers()[0]
+    if found != wanted:
         raise SessionError(
-            f"ONNX Runtime could not start '{providers[0]}' and would run on {session.get_providers()[0]} instead; "
+            f"ONNX Runtime could not start '{wanted}' and would run on {found} instead; "
             "check its driver and libraries, or name the other provider"
         )
     return session
@@ -163,13 +169,15 @@ def spec_of(session: Any, path: Path) -> ModelSpec:
     return spec_from_metadata(text, path)
 
 
-def checked_graph(session: Any, spec: ModelSpec, path: Path, tokens: int = 1, all_logits: bool = False) -> OrtGraph:
+def checked_graph(
+    session: Any, spec: ModelSpec, path: Path, tokens: int = 1, all_logits: bool = False, captured: bool = False
+) -> OrtGraph:
     """The graph, if it takes and gives what the spec says, since raw memory is bound to it.
 
     Raises:
         SessionError: an input or output is missing, unknown, or of another type or shape.
     """
-    graph = OrtGraph(session, tokens, all_logits, chunk_options(session) if tokens > 1 else None)
+    graph = OrtGraph(session, tokens, all_logits, chunk_options(session) if tokens > 1 else None, captured)
     found = {x.name: (x.type, tuple(x.shape[1:])) for x in (*session.get_inputs(), *session.get_outputs())}
     length, rows = ((tokens,) if tokens > 1 else ()), ((tokens,) if all_logits else ())
     expected: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -5,13 +5,48 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from rwkv_edge.errors import SessionError
 from rwkv_edge.runtime.ort_graph import ONNX_TYPE, OrtGraph, first_line
 from rwkv_edge.spec import ModelSpec
+
+
+class StreamStates(Protocol):
+    """What sessions of ONNX Runtime and pools do with a state, wherever its memory is: see `OrtState`."""
+
+    batch: int
+    current: int
+
+    def run(self, graph: OrtGraph, tokens: np.ndarray, rows: int | None = None) -> np.ndarray:
+        """Feed tokens to the first ``rows`` streams; returns logits, which the next run may overwrite."""
+        ...
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """The tensors by name, each [B, …] in stored form; not to be written."""
+        ...
+
+    def copy(self) -> StreamStates:
+        """An independent copy."""
+        ...
+
+    def row(self, row: int, side: int) -> Mapping[str, np.ndarray]:
+        """One stream in one of the sets, arrays [1, …]; not to be written."""
+        ...
+
+    def set_row(self, row: int, side: int, stored: Mapping[str, np.ndarray]) -> None:
+        """Give one stream in one of the sets the values of arrays [1, …]."""
+        ...
+
+    def copy_row(self, source: Any, source_row: int, source_side: int, row: int, side: int) -> None:
+        """Give one stream in one of the sets what another has, here or in another state of the session."""
+        ...
+
+    def take(self, source: Any) -> None:
+        """Both sets begin with the rows of a smaller state, and the same one of them is current."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +102,14 @@ class OrtState:
         self.current = 1 - self.current
         return bound.logits
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors themselves, each [B, …] in stored form."""
+        return self.sets[self.current]
+
+    def copy(self) -> OrtState:
+        """An independent copy."""
+        return OrtState(self._spec, {name: array.copy() for name, array in self.arrays().items()})
+
     def row(self, row: int, side: int) -> dict[str, np.ndarray]:
         """Views [1, …] of one stream in one of the sets."""
         return {name: array[row : row + 1] for name, array in self.sets[side].items()}
@@ -75,6 +118,17 @@ class OrtState:
         """Give one stream in one of the sets the values of arrays [1, …]."""
         for name, array in self.sets[side].items():
             array[row] = stored[name][0]
+
+    def copy_row(self, source: OrtState, source_row: int, source_side: int, row: int, side: int) -> None:
+        """Give one stream in one of the sets what another has, here or in another state."""
+        self.set_row(row, side, source.row(source_row, source_side))
+
+    def take(self, source: OrtState) -> None:
+        """Both sets begin with the rows of a smaller state, and the same one of them is current."""
+        for before, after in zip(source.sets, self.sets, strict=True):
+            for name, array in before.items():
+                after[name][: len(array)] = array
+        self.current = source.current
 
     def _bound_to(self, graph: OrtGraph, side: int, rows: int) -> _Bound:
         """Made once per graph, direction and number of rows."""

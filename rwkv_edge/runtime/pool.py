@@ -72,7 +72,7 @@ class StatePool:
         self._session = session
         self._state = session.initial_state(capacity)
         self._scratch = session.initial_state(1)
-        self._initial = {name: array.copy() for name, array in self._scratch.sets[0].items()}
+        self._initial = {name: array.copy() for name, array in self._scratch.arrays().items()}
         self._at: list[Stream | None] = [None] * capacity  # row → who lies there
         self._padded: dict[int, int] = {} if exact else {n: n for n in range(1, capacity + 1)}
         self._expected: str | None = None  # digest of a full pool's probe, when known
@@ -152,7 +152,7 @@ class StatePool:
     def _step_one_by_one(self, tokens: Mapping[Stream, int]) -> dict[Stream, np.ndarray]:
         found, after = {}, {}
         for stream, token in tokens.items():
-            self._scratch.set_row(0, self._scratch.current, self._state.row(stream._row, stream._side))
+            self._scratch.copy_row(self._state, stream._row, stream._side, 0, self._scratch.current)
             found[stream] = self._session.step([token], self._scratch)[0]
             after[stream] = {n: array.copy() for n, array in self._scratch.row(0, self._scratch.current).items()}
         for stream, stored in after.items():
@@ -167,9 +167,9 @@ class StatePool:
             SessionError: the backend failed; the stream has not advanced.
         """
         self._check(stream)
-        self._scratch.set_row(0, self._scratch.current, self._state.row(stream._row, stream._side))
+        self._scratch.copy_row(self._state, stream._row, stream._side, 0, self._scratch.current)
         logits: np.ndarray = self._session.prefill(np.asarray(tokens)[None], self._scratch)[0]
-        self._state.set_row(stream._row, stream._side, self._scratch.row(0, self._scratch.current))
+        self._state.copy_row(self._scratch, 0, self._scratch.current, stream._row, stream._side)
         return logits
 
     def export(self, stream: Stream) -> dict[str, np.ndarray]:
@@ -199,7 +199,7 @@ class StatePool:
         for step in range(PROBE_STEPS):
             logits = self._session.step(np.full(rows, (step + 1) % self._session.spec.vocab_size), state)
         digest = hashlib.sha256()
-        for array in (logits, *state.sets[state.current].values()):
+        for array in (logits, *state.arrays().values()):
             content = np.ascontiguousarray(array).reshape(rows, -1).view(np.uint8)
             if (content != content[:1]).any():
                 return ""
@@ -253,16 +253,13 @@ class StatePool:
         stream._row, stream._side = row, side
 
     def _copy(self, stream: Stream, row: int, side: int) -> None:
-        self._state.set_row(row, side, self._state.row(stream._row, stream._side))
+        self._state.copy_row(self._state, stream._row, stream._side, row, side)
 
     def _reserve(self, rows: int) -> None:
         """Memory for so many rows: all streams and the padding."""
         if rows <= len(self._at):
             return
         grown = self._session.initial_state(rows)
-        for before, after in zip(self._state.sets, grown.sets, strict=True):
-            for name, array in before.items():
-                after[name][: len(array)] = array
-        grown.current = self._state.current
+        grown.take(self._state)
         self._state = grown
         self._at += [None] * (rows - len(self._at))

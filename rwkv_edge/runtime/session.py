@@ -135,7 +135,8 @@ def open_session(
     Args:
         path: the folder that ``rwkv-edge export`` wrote, or an ``.onnx`` file of it.
         backend: 'onnxruntime', or 'auto' to take what is installed.
-        providers: execution providers of ONNX Runtime, in order; the CPU's where none is named.
+        providers: execution providers of ONNX Runtime, in order, as 'cuda' or 'cuda:device_id=1'; the CPU's where none
+            is named. On CUDA the state stays on the GPU and steps are CUDA graphs ('cuda:enable_cuda_graph=0': not).
         threads: compute threads; 0 leaves the choice to the backend.
         check_content: compare the files' sha256 with the manifest while they load.
         prepack: let ONNX Runtime keep a second copy of the weights, in the order in which it multiplies. On a CPU,
