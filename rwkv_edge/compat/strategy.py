@@ -1,0 +1,77 @@
+"""Strategies of the `rwkv` package, such as 'cuda fp16': where a model runs and in which precision."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rwkv_edge.errors import InputError, MissingDependencyError, SessionError
+
+CUDA = "CUDAExecutionProvider"
+_FORM = re.compile(r"(?P<device>[a-z]+)(?::(?P<number>\d+))? +(?P<precision>fp32|fp16|bf16)(?P<bits>i\d+)?")
+_EXAMPLES = "'cpu fp32' or 'cuda fp16'"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One device and one precision for the whole model.
+
+    Attributes:
+        device: 'cpu' or 'cuda'.
+        number: of the GPU.
+        precision: 'fp32', 'fp16' or 'bf16'.
+    """
+
+    device: str
+    number: int
+    precision: str
+
+    @property
+    def providers(self) -> list[str] | None:
+        """Execution providers for `open_session`; None for the CPU's."""
+        if self.device == "cpu":
+            return None
+        return [f"{CUDA}:device_id={self.number}" if self.number else CUDA]
+
+
+def strategy_from_text(text: str) -> Strategy:
+    """The strategy that ``text`` names.
+
+    Raises:
+        InputError: no strategy, one that splits layers over devices, or one of weights in few bits.
+    """
+    if "->" in text or "*" in text:
+        raise InputError(
+            f"strategy '{text}' splits the layers, but an exported model runs on one device as a whole; "
+            f"use {_EXAMPLES}, with a smaller model where memory is short"
+        )
+    found = _FORM.fullmatch(text.strip())
+    if not found or (found["device"] == "cpu" and found["number"]):
+        raise InputError(f"a strategy is a device and a precision, such as {_EXAMPLES}, not '{text}'")
+    if found["device"] not in ("cpu", "cuda"):
+        raise InputError(f"strategy '{text}': the device must be cpu or cuda, not {found['device']}")
+    if found["bits"]:
+        raise InputError(
+            f"strategy '{text}' asks for weights of {found['bits'][1:]} bits, which are not exported on the fly; "
+            f"use '{found['device']} {found['precision']}', or pass the folder of a quantized artifact as the model"
+        )
+    return Strategy(found["device"], int(found["number"] or 0), found["precision"])
+
+
+def check_device(strategy: Strategy) -> None:
+    """Whether the device is there, before a checkpoint is exported for it.
+
+    Raises:
+        SessionError: ONNX Runtime has no CUDA provider here.
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("onnxruntime", "ort", "running a model") from error
+    available = onnxruntime.get_available_providers()
+    if strategy.device == "cuda" and CUDA not in available:
+        raise SessionError(
+            f"'cuda {strategy.precision}' needs ONNX Runtime's {CUDA}, but here are only {', '.join(available)}; use "
+            "'cpu fp32', or on a machine with an NVIDIA GPU: pip install 'rwkv-edge[ort-gpu]' in place of onnxruntime"
+        )
