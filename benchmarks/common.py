@@ -27,9 +27,11 @@ from rwkv_edge.evaluation.synthetic import OFFICIAL_7, random_v7, save_pth
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """--work DIR (large files), --json FILE, --runs N."""
+def arguments(description: str, add: Callable[[argparse.ArgumentParser], object] | None = None) -> argparse.Namespace:
+    """--work DIR (large files), --json FILE, --runs N, and what ``add`` adds."""
     parser = argparse.ArgumentParser(description=description)
+    if add is not None:
+        add(parser)
     name = Path(sys.argv[0]).stem
     parser.add_argument("--work", type=Path, default=Path("artifacts/bench"), help="folder for checkpoints and exports")
     parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="where to write the figures")
