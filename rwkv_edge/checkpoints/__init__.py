@@ -9,6 +9,7 @@ from rwkv_edge.checkpoints.base import Checkpoint, TensorInfo
 from rwkv_edge.checkpoints.folder import is_folder, is_index, open_folder, open_index
 from rwkv_edge.checkpoints.layouts import with_official_names
 from rwkv_edge.errors import CheckpointError, MissingDependencyError
+from rwkv_edge.hub import local_checkpoint
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "open_stored"]
 
@@ -28,7 +29,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Map a checkpoint without reading its weights, under the official names whatever its layout.
 
     Args:
-        path: a ``.pth``, ``.bin`` or ``.safetensors`` (``.st``) file, a Hugging Face folder, or the index of shards.
+        path: a ``.pth``, ``.bin`` or ``.safetensors`` (``.st``) file, a Hugging Face folder, the index of shards,
+            or any of these on the hub, as ``hf://OWNER/NAME[/FILE]``.
 
     Raises:
         CheckpointError: the file is missing, empty, cut off, or not a checkpoint; the message says what it is.
@@ -39,7 +41,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def open_stored(path: str | Path) -> Checkpoint:
     """Like `open_checkpoint`, but with the names and shapes that are stored; adapters and tuned states open too."""
-    path = Path(path)
+    path = local_checkpoint(path)
     if is_folder(path):
         return open_folder(path, _open_file)
     return open_index(path, _open_file) if is_index(path) else _open_file(path)

@@ -65,17 +65,18 @@ def command(
     """Write the artifact of CHECKPOINT: step.onnx, weights.bin, manifest.json and the tokenizer.
 
     CHECKPOINT is a .pth, .bin or .safetensors (.st) file, with the official names or those of transformers, fla or
-    web-rwkv; or a Hugging Face folder. The folder appears when everything in it is complete and checked.
+    web-rwkv; a Hugging Face folder; or hf://OWNER/NAME[/FILE], either of them on the hub. The folder appears when
+    everything in it is complete and checked.
 
     Example: rwkv-edge export RWKV-x070-World-0.1B.pth --precision fp16
     """
     with needs("export", "exporting"):
         from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
     from rwkv_edge.checkpoints.adapters import open_merged
+    from rwkv_edge.hub import checkpoint_name
 
     plan = planned_engines(form, precision, wkv, engine)  # refuses before the export what cannot be built after it
-    name = checkpoint.resolve().name if checkpoint.is_dir() else checkpoint.stem
-    target = output or Path(f"{name}-{precision}")
+    target = output or Path(f"{checkpoint_name(checkpoint)}-{precision}")
     options = ExportOptions(
         precision=precision,
         batch=None if batch == "dynamic" else int(batch),

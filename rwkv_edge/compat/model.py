@@ -18,6 +18,7 @@ from rwkv_edge.compat.store import stored_artifact
 from rwkv_edge.compat.strategy import Strategy, check_device, strategy_from_text
 from rwkv_edge.compat.tensors import State, named_arrays, wrap_for
 from rwkv_edge.errors import ArtifactError, CheckpointError, InputError
+from rwkv_edge.hub import is_hub_path, local_checkpoint
 from rwkv_edge.runtime.session import Session, open_session
 
 
@@ -43,8 +44,8 @@ class RWKV:
         """Open a model.
 
         Args:
-            model: a checkpoint, with or without '.pth'; or a folder, of Hugging Face or of an exported artifact, which
-                a device without torch needs.
+            model: a checkpoint, with or without '.pth', or hf://OWNER/NAME[/FILE] on the hub; or a folder, of Hugging
+                Face or of an exported artifact, which a device without torch needs.
             strategy: 'cpu fp32', 'cuda fp16', 'cuda:1 bf16'…; for an artifact, the precision that it has.
             verbose: say on standard error when a checkpoint is exported.
             convert_and_save_and_exit: not taken.
@@ -122,6 +123,8 @@ class RWKV:
 
 def _found(name: str) -> Path:
     """The checkpoint that is meant: '.pth' may be left out."""
+    if is_hub_path(name):
+        return local_checkpoint(name)
     for path in (Path(name + ".pth"), Path(name)):
         try:
             if path.exists():
