@@ -12,6 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,12 @@ def main() -> None:
         print(rows[-1], flush=True)
     title = f"Decode, RWKV-7 fp16, ONNX Runtime {options.provider}, {figures['gpu']}; copies {bandwidth / 1e9:.0f} GB/s"
     header = ("model", "nodes", "limit ms", "CUDA graph ms", "step with transfers ms", "without graph ms", "tokens/s")
-    report(title, (*header, "share of limit", "prototype / CUDA graph"), rows, figures, options.json)
+    write = partial(report, title, (*header, "share of limit", "prototype / CUDA graph"), rows, figures, options.json)
+    write()
+    if options.kernels:
+        for size in options.sizes:
+            figures[size]["kernels"] = kernels(artifact_of(size, options), options.provider)
+        write()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,11 +73,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measured(size: str, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """All figures of one size."""
-    shape = SHAPES[size]
-    if options.layers:
-        shape = dataclasses.replace(shape, n_layer=options.layers)
-    artifact = exported(size, shape, options.work)
-    figures: dict[str, Any] = {"layers": shape.n_layer, "width": shape.n_embd}
+    artifact = artifact_of(size, options)
+    figures: dict[str, Any] = {}
     figures["nodes"], nbytes = facts(artifact)
     figures["limit_s"] = nbytes / bandwidth
     figures["relative_difference"] = parity(artifact, options.provider, PARITY_TOKENS.get(size, 16))
@@ -82,8 +85,6 @@ def measured(size: str, options: argparse.Namespace, bandwidth: float) -> dict[s
     figures |= times(session, plain, options.runs)
     if size in PROTOTYPE and not options.layers and options.provider == "cuda":
         figures["ratio"] = PROTOTYPE[size] / figures["graph_s"]
-    if options.kernels:
-        figures["kernels"] = kernels(session)
     plain.close()
     del plain
     gc.collect()
@@ -94,13 +95,16 @@ def measured(size: str, options: argparse.Namespace, bandwidth: float) -> dict[s
     return figures
 
 
-def exported(size: str, shape: Shape7, work: Path) -> Path:
+def artifact_of(size: str, options: argparse.Namespace) -> Path:
     """The artifact, made once."""
-    artifact = work / f"step-gpu-{size}-{shape.n_layer}"
+    shape = SHAPES[size]
+    if options.layers:
+        shape = dataclasses.replace(shape, n_layer=options.layers)
+    artifact: Path = options.work / f"step-gpu-{size}-{shape.n_layer}"
     if not artifact.exists():
-        path = save_pth(random_v7(shape, dtype=torch.float16), work / f"{artifact.name}.pth")
-        options = ExportOptions(precision="fp16", chunks=(256,), tokenizer="none")
-        export_checkpoint(open_checkpoint(path), artifact, options)
+        path = save_pth(random_v7(shape, dtype=torch.float16), options.work / f"{artifact.name}.pth")
+        choices = ExportOptions(precision="fp16", chunks=(256,), tokenizer="none")
+        export_checkpoint(open_checkpoint(path), artifact, choices)
         path.unlink()
     return artifact
 
@@ -188,12 +192,14 @@ def prefill_speed(session: OrtSession, runs: int) -> float:
     return PROMPT / statistics.median(found)
 
 
-def kernels(session: OrtSession) -> dict[str, Any]:
+def kernels(artifact: Path, provider: str) -> dict[str, Any]:
     """Kernels that one replay launches: how many, their time, and the names that take most of it."""
+    session = opened(artifact, provider)
     run = runner(session)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
+    session.close()
     events = [e for e in profile.key_averages() if e.self_device_time_total > 0]
     events.sort(key=lambda e: -e.self_device_time_total)
     return {
