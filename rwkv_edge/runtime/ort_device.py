@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from rwkv_edge.errors import SessionError
-from rwkv_edge.runtime.ort_graph import ONNX_TYPE, OrtGraph, first_line
+from rwkv_edge.runtime.ort_graph import ONNX_TYPE, OrtGraph
 from rwkv_edge.runtime.ort_memory import ALIGNMENT, Device, bytes_of, copy, view
-from rwkv_edge.runtime.ort_providers import onnxruntime_module
+from rwkv_edge.runtime.ort_providers import first_line, onnxruntime_module
 from rwkv_edge.spec import ModelSpec, numpy_dtype
 
 KEPT_BYTES = 1 << 28  # of sets of states that nobody uses, kept for the next state

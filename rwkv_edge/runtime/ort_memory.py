@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_edge.errors import SessionError
-from rwkv_edge.runtime.ort_providers import CPU, onnxruntime_module
+from rwkv_edge.runtime.ort_providers import CPU, first_line, onnxruntime_module
 
 ALIGNMENT = 256  # bytes, as cudaMalloc aligns
 UINT8 = 2  # TensorProto.DataType
@@ -37,9 +37,8 @@ class Device:
         try:
             return make(list(shape), dtype, self.kind, self.number)
         except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise SessionError(
-                f"ONNX Runtime gives no memory on {self.kind}:{self.number} ({reason}); "
+                f"ONNX Runtime gives no memory on {self.kind}:{self.number} ({first_line(error)}); "
                 "check its driver and libraries with 'rwkv-edge doctor', and that nothing else fills the memory"
             ) from error
 

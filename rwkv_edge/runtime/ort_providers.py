@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,12 @@ def onnxruntime_module() -> Any:
     except ImportError as error:
         raise MissingDependencyError("onnxruntime", "ort", "running a model on this backend") from error
     return onnxruntime
+
+
+def first_line(error: Exception) -> str:
+    """An error of the backend in one line, without the place in its source that it begins with."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^/\S+\.(?:cc|h|cu):\d+ .*?\)(?: const)? (?=\S)", "", line)[:300]
 
 
 def checked_providers(providers: Sequence[str] | None) -> list[Provider]:

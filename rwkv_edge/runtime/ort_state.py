@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from rwkv_edge.errors import SessionError
-from rwkv_edge.runtime.ort_graph import ONNX_TYPE, OrtGraph, first_line
+from rwkv_edge.runtime.ort_graph import ONNX_TYPE, OrtGraph
+from rwkv_edge.runtime.ort_providers import first_line
 from rwkv_edge.spec import ModelSpec
 
 

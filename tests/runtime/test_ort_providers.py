@@ -110,3 +110,16 @@ def test_the_command_line_says_what_installs_it(tmp_path: Path, capsys: pytest.C
     said = refusal(capsys, "generate", artifact, "x", "--tokenizer", "bytes", "--provider", "cuda")
     assert "provider 'cuda' is not available here" in said
     assert "pip install 'rwkv-edge[ort-gpu]'" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("/onnxruntime_src/a/b.cc:2465 onnxruntime::P& onnxruntime::Get() CUDA is not here\nmore", "CUDA is not here"),
+        ("/a/b.cc:7 void f(int, const X&) const Please install it", "Please install it"),
+        ("[ONNXRuntimeError] : 1 : FAIL : no (really) no", "[ONNXRuntimeError] : 1 : FAIL : no (really) no"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_errors_without_places_in_a_source(text: str, line: str) -> None:
+    assert ort_providers.first_line(RuntimeError(text)) == line
