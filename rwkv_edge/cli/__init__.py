@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": "Compare an artifact with its checkpoint, token by token.",
     "generate": "Continue a text.",
     "state": "Look into snapshots of states.",
+    "eval": "Measure how well an artifact predicts a text, and how far it is from another.",
     "cache": "Look into a cache of prompts, or empty it.",
     "soak": "Run an artifact for a million tokens and watch it.",
     "demo": "Export, verify and run the small model that ships with the package.",

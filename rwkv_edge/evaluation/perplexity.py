@@ -14,6 +14,7 @@ from rwkv_edge.errors import InputError
 from rwkv_edge.runtime.session import Session
 
 SCORED_PART = 1024  # tokens whose logits are held at once
+WIDENED = 1 << 21  # logits that are float64 at once: 16 MiB, near the size of a cache
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,25 @@ class Likelihood:
         return self.nats / math.log(2) / self.nbytes
 
 
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """The logarithm of the softmax over the last axis, [..., V] → [..., V] float64; safe for logits of any size."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
+    return wide
+
+
+def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """−ln p of each target, in nats: [N, V] and [N] → [N] float64; NaN where a row holds NaN or +∞."""
+    losses = np.empty(len(targets), np.float64)
+    rows = max(1, WIDENED // logits.shape[-1])
+    for at in range(0, len(targets), rows):
+        part = slice(at, at + rows)
+        found = log_probabilities(logits[part])
+        losses[part] = -found[np.arange(len(found)), targets[part]]
+    return losses
+
+
 def likelihood(
     session: Session[Any], tokens: Sequence[int], nbytes: int, progress: Callable[[int], None] | None = None
 ) -> Likelihood:
@@ -60,9 +80,7 @@ def likelihood(
     state = session.initial_state()
     nats = 0.0
     for token, following in pairwise(tokens):
-        logits = session.step([token], state)[0].astype(np.float64)
-        peak = logits.max()
-        nats += float(peak + np.log(np.exp(logits - peak).sum()) - logits[following])
+        nats += float(token_losses(session.step([token], state), np.array([following]))[0])
         if progress:
             progress(1)
     return Likelihood(len(tokens) - 1, nbytes, nats)
@@ -89,10 +107,7 @@ def scored_likelihood(
     for start in range(0, len(tokens) - 1, SCORED_PART):
         fed = np.asarray(tokens[start : min(start + SCORED_PART, len(tokens) - 1)])
         following = np.asarray(tokens[start + 1 : start + 1 + len(fed)])
-        logits = session.score(fed[None], state)[0].astype(np.float64)
-        peak = logits.max(-1)
-        log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(-1))
-        nats += float((log_sum - logits[np.arange(len(fed)), following]).sum())
+        nats += float(token_losses(session.score(fed[None], state)[0], following).sum())
         if progress:
             progress(len(fed))
     return Likelihood(len(tokens) - 1, nbytes, nats)
