@@ -57,7 +57,8 @@ class Manifest:
     ``model_hash`` is the sha256 of weights.bin: states and engines belong to it. ``source`` describes the checkpoint,
     ``tools`` the versions that made the artifact, ``warnings`` what the export had to say, ``initial_state`` the file
     of a tuned state. ``engines`` are what 'rwkv-edge build' added; their files may be gone or damaged without harm to
-    the rest, so they are checked where one is used.
+    the rest, so they are checked where one is used. ``quantization`` says how the weights were quantized, None where
+    they are as exported: the scheme, the formats of linears by name, and the calibration.
     """
 
     spec: ModelSpec
@@ -70,6 +71,7 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     initial_state: str | None = None
     engines: tuple[EngineEntry, ...] = ()
+    quantization: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -103,6 +105,7 @@ class Manifest:
                 warnings=tuple(str(w) for w in data["warnings"]),
                 initial_state=None if data.get("initial_state") is None else _plain_name(data["initial_state"]),
                 engines=tuple(_engine_entry(entry) for entry in data.get("engines", [])),
+                quantization=None if data.get("quantization") is None else _quantization_entry(data["quantization"]),
             )
             _check_listed(found)
             return found
@@ -177,6 +180,11 @@ def _file_entries(entries: Mapping[str, Any]) -> dict[str, FileEntry]:
 def _tokenizer_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     file = entry["file"]
     return {**entry, "kind": _text(entry["kind"], "kind"), "file": None if file is None else _plain_name(file)}
+
+
+def _quantization_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    formats = {str(name): _text(form, "a format") for name, form in entry["formats"].items()}
+    return {**entry, "scheme": _text(entry["scheme"], "the scheme"), "formats": formats}
 
 
 def _source_entry(entry: Mapping[str, Any]) -> dict[str, Any]:

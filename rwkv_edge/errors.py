@@ -9,6 +9,7 @@
     │   └── UnsupportedVersionError    an RWKV version that cannot be exported
     ├── ArtifactError                  an exported folder that cannot be opened or written
     ├── ExportError                    a graph that cannot be built
+    ├── CalibrationError               a calibration that cannot be made, read, or used with this model
     ├── VerificationError              parity past the tolerance
     ├── SessionError                   a backend that cannot open or run a graph
     │   └── StateError                 a state of another model, shape or content; a snapshot that cannot be written
@@ -56,6 +57,10 @@ class ArtifactError(RwkvEdgeError):
 
 class ExportError(RwkvEdgeError):
     """A graph cannot be built or fails the ONNX checker."""
+
+
+class CalibrationError(RwkvEdgeError):
+    """A calibration cannot be made or read, belongs to another model, or a scheme cannot be applied."""
 
 
 class VerificationError(RwkvEdgeError):

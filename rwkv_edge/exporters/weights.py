@@ -19,7 +19,7 @@ Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
 
 
-class _Sink:
+class Sink:
     """A file that is written and hashed by a thread, while the caller converts the next chunk.
 
     Writing and sha256 both release the interpreter. An error of the disk is raised by the next `put` or by `close`.
@@ -51,11 +51,13 @@ class _Sink:
         return written
 
     def put(self, block: bytes | memoryview) -> None:
+        """Append a block, which must not change until `close`."""
         if self._error is not None:
             raise self._error
         self._queue.put(block)
 
     def close(self) -> str:
+        """Wait for the last block; returns sha256 in hex."""
         self._queue.put(None)
         self._thread.join()
         self._file.close()
@@ -87,7 +89,7 @@ def write_weights(
     import torch
 
     spoiled: list[str] = []
-    sink = _Sink(path)
+    sink = Sink(path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the copies are bound by memory; measured, more threads only get in the sink's way
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,35 @@ class StepFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class Smoothing:
+    """Where channels can be scaled without changing the model: what is divided and what is multiplied by the same.
+
+    Names are those of parameters; '{i}' stands for the block. Those that a model lacks are left out.
+
+    Attributes:
+        divided: vectors [D], or linears by their columns, that make the value.
+        multiplied: linears by their rows: all that take the value.
+        power: of the factor in the value: 2 behind relu².
+        state: the token-shift state that holds the value and is divided with it; None without one.
+    """
+
+    divided: tuple[str, ...]
+    multiplied: tuple[str, ...]
+    power: int = 1
+    state: str | None = None
+
+
+RELU_SQUARED = Smoothing(("blocks.{i}.ffn.key",), ("blocks.{i}.ffn.value",), power=2)
+LAST_NORM = Smoothing(("ln_out.weight", "ln_out.bias"), ("head",))
+
+
+def norm_smoothing(norm: str, linears: Sequence[str], state: str) -> Smoothing:
+    """Of a norm before a token shift: the mixes work channel by channel, so a factor passes through them."""
+    divided = tuple(f"blocks.{{i}}.{norm}.{part}" for part in ("weight", "bias"))
+    return Smoothing(divided, tuple(f"blocks.{{i}}.{linear}" for linear in linears), state=f"{state}.{{i}}")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One RWKV version.
 
@@ -32,6 +61,8 @@ class Architecture:
         fp16_rescale: layers after which the residual stream must be halved in float16; 0 for never.
         tuned_state_transposed: whether files of state tuning, which are [head, value, key], must be transposed to be
         the state of this version.
+        keep_int8: parts of names of linears that must not have less than 8 bits.
+        smoothing: factors that may be moved between parameters.
     """
 
     version: str
@@ -41,3 +72,5 @@ class Architecture:
     keep_float: tuple[str, ...]
     fp16_rescale: int = 0
     tuned_state_transposed: bool = False
+    keep_int8: tuple[str, ...] = ()
+    smoothing: tuple[Smoothing, ...] = ()

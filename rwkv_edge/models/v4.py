@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rwkv_edge.models.architecture import Architecture
+from rwkv_edge.models.architecture import LAST_NORM, RELU_SQUARED, Architecture, norm_smoothing
 from rwkv_edge.models.blocks import from_before, gated_ffn, gated_ffn_params, stack, stack_params
 from rwkv_edge.models.ops import Ops, V
 from rwkv_edge.models.params import (
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 EMPTY_MAX = -1e30  # the largest exponent before the first token: e^-1e30 is 0, and no infinity is subtracted
 
 KEEP_FLOAT = ("time_decay", "time_first", "ln", "mix", "blocks.0.att.output")
+SMOOTHING = (
+    norm_smoothing("ln1", ("att.receptance", "att.key", "att.value"), "att_shift"),
+    norm_smoothing("ln2", ("ffn.key", "ffn.receptance"), "ffn_shift"),
+    RELU_SQUARED,
+    LAST_NORM,
+)
 
 
 def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
@@ -113,4 +119,4 @@ def time_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[str,
     return ops.linear(r * ops.act(y), f"{att}.output")
 
 
-ARCHITECTURES = {"4": Architecture("4", describe, params, step, KEEP_FLOAT, fp16_rescale=6)}
+ARCHITECTURES = {"4": Architecture("4", describe, params, step, KEEP_FLOAT, fp16_rescale=6, smoothing=SMOOTHING)}

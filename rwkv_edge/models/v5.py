@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rwkv_edge.errors import CheckpointError
-from rwkv_edge.models.architecture import Architecture
+from rwkv_edge.models.architecture import LAST_NORM, RELU_SQUARED, Architecture, Smoothing, norm_smoothing
 from rwkv_edge.models.blocks import from_before, gated_ffn, gated_ffn_params, stack, stack_params
 from rwkv_edge.models.ops import Ops, V
 from rwkv_edge.models.params import (
@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 HEAD_NORM_EPS = 64e-5
 
 KEEP_FLOAT = ("decay_log", "first", "ln", "mix", "blocks.0.att.output")
+SMOOTHING = (
+    norm_smoothing("ln1", ("att.receptance", "att.key", "att.value", "att.gate"), "att_shift"),
+    Smoothing(("blocks.{i}.att.ln_x.weight", "blocks.{i}.att.ln_x.bias"), ("blocks.{i}.att.output",)),
+    norm_smoothing("ln2", ("ffn.key", "ffn.receptance"), "ffn_shift"),
+    RELU_SQUARED,
+    LAST_NORM,
+)
 
 
 def describe(version: str, header: Header, precision: str, batch: int | None) -> ModelSpec:
@@ -171,6 +178,7 @@ def _architecture(version: str, gated: bool) -> Architecture:
         KEEP_FLOAT,
         6,
         tuned_state_transposed=True,
+        smoothing=SMOOTHING,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rwkv_edge.models.architecture import Architecture
+from rwkv_edge.models.architecture import LAST_NORM, RELU_SQUARED, Architecture, Smoothing, norm_smoothing
 from rwkv_edge.models.blocks import from_current, gated_ffn, gated_ffn_params, stack, stack_params
 from rwkv_edge.models.ops import Ops, V
 from rwkv_edge.models.params import (
@@ -29,6 +29,15 @@ HEAD_NORM_EPS = 64e-5
 MIXES = "wkvrg"
 
 KEEP_FLOAT = ("decay", "first", "ln", "mix", "blocks.0.att.output")
+SMOOTHING = (
+    norm_smoothing(
+        "ln1", ("att.mix.w1", "att.receptance", "att.key", "att.value", "att.gate", "att.decay.w1"), "att_shift"
+    ),
+    Smoothing(("blocks.{i}.att.ln_x.weight", "blocks.{i}.att.ln_x.bias"), ("blocks.{i}.att.output",)),
+    norm_smoothing("ln2", ("ffn.key", "ffn.receptance"), "ffn_shift"),
+    RELU_SQUARED,
+    LAST_NORM,
+)
 
 
 def describe(header: Header, precision: str, batch: int | None) -> ModelSpec:
@@ -124,5 +133,7 @@ def time_mix(ops: Ops[V], i: int, x: V, state: Mapping[str, V], after: dict[str,
 
 
 ARCHITECTURES = {
-    "6": Architecture("6", describe, params, step, KEEP_FLOAT, fp16_rescale=6, tuned_state_transposed=True)
+    "6": Architecture(
+        "6", describe, params, step, KEEP_FLOAT, fp16_rescale=6, tuned_state_transposed=True, smoothing=SMOOTHING
+    )
 }

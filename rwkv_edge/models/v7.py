@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from rwkv_edge.models.architecture import Architecture
+from rwkv_edge.models.architecture import LAST_NORM, RELU_SQUARED, Architecture, Smoothing, norm_smoothing
 from rwkv_edge.models.blocks import stack, stack_params
 from rwkv_edge.models.ops import Ops, V
 from rwkv_edge.models.params import (
@@ -46,6 +46,16 @@ KEEP_FLOAT = (
     ".v1",
     ".v2",
     "blocks.0.att.output",
+)
+KEEP_INT8 = (".g1", ".g2")
+SMOOTHING = (
+    norm_smoothing(
+        "ln1", tuple(f"att.{x}" for x in ("receptance", "key", "value", "w1", "a1", "v1", "g1")), "att_shift"
+    ),
+    Smoothing(("blocks.{i}.att.g2",), ("blocks.{i}.att.output",)),  # the gate multiplies the output's input
+    norm_smoothing("ln2", ("ffn.key", "ffn.s1"), "ffn_shift"),
+    RELU_SQUARED,
+    LAST_NORM,
 )
 
 
@@ -198,5 +208,8 @@ def channel_mix(
 
 
 ARCHITECTURES = {
-    version: Architecture(version, partial(describe, version), params, step, KEEP_FLOAT) for version in ("7", "7a")
+    version: Architecture(
+        version, partial(describe, version), params, step, KEEP_FLOAT, keep_int8=KEEP_INT8, smoothing=SMOOTHING
+    )
+    for version in ("7", "7a")
 }

@@ -87,6 +87,21 @@ def architecture_of(tensors: Tensors, path: object) -> Architecture:
     return architectures[signature.version]
 
 
+def architecture_named(version: str) -> Architecture:
+    """The implementation of a version by its name in a spec.
+
+    Raises:
+        UnsupportedVersionError: this release knows none of that name.
+    """
+    module = next((s.module for s in SIGNATURES if s.version == version), None)
+    if module is None:
+        raise UnsupportedVersionError(
+            f"RWKV-{version} is not known here; use the version of rwkv-edge that exported it"
+        )
+    architectures: dict[str, Architecture] = import_module(f"rwkv_edge.models.{module}").ARCHITECTURES
+    return architectures[version]
+
+
 @dataclass(frozen=True)
 class Model:
     """A checkpoint together with the description of what it holds."""

@@ -62,7 +62,8 @@ class OrtSession:
         prepack: bool = False,
     ) -> None:
         """See `rwkv_edge.runtime.session.open_session`."""
-        self._choose(providers, threads, prepack)
+        quantized = artifact.manifest.quantization is not None  # its products are made for weights in another order
+        self._choose(providers, threads, prepack or quantized)
         self._artifact: Artifact | None = artifact
         self.spec = artifact.manifest.spec
         self.model_hash: str | None = artifact.manifest.model_hash
@@ -198,8 +199,8 @@ class OrtSession:
                 delattr(self, name)
 
     def _shared_weights(self, artifact: Artifact) -> SharedWeights | None:
-        if self._providers[0].name not in (CPU, CUDA):
-            return None  # others keep their own copy, in their own form
+        if self._providers[0].name not in (CPU, CUDA) or artifact.manifest.quantization is not None:
+            return None  # others, and products of quantized weights, keep their own copy, in their own form
         return SharedWeights(artifact.path / INDEX_FILE, artifact.path / WEIGHTS_FILE, self._device)
 
     def _state_memory(self) -> DeviceMemory | None:
@@ -224,7 +225,8 @@ class OrtSession:
         assert self._artifact is not None
         path = self._artifact.path / entry.file
         providers = session_providers(self._providers, self.spec.precision, capture=False)
-        session = open_graph(path, providers, self._threads, self._weights)  # prepacked, each would copy the weights
+        prepack = self._artifact.manifest.quantization is not None  # else each would copy the weights
+        session = open_graph(path, providers, self._threads, self._weights, prepack)
         return checked_graph(session, self.spec, path, entry.tokens, entry.kind == "score")
 
     def _step_session(self, path: Path, precision: str) -> Any:

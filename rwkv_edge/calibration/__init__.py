@@ -1,0 +1,1 @@
+"""Quantization: ranges from real text, Q/DQ insertion, schemes, sensitivity."""

@@ -1,0 +1,65 @@
+"""``rwkv-edge quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rwkv_edge.cli.common import PATH, byte_progress, needs, size
+
+
+@click.command("quantize")
+@click.argument("artifact", type=PATH)
+@click.option("--calibration", type=PATH, metavar="FILE", help="What 'rwkv-edge calibrate' wrote for ARTIFACT.")
+@click.option(
+    "--scheme", type=click.Choice(["w8a8", "w8", "w4", "mixed"]), default="w8", show_default=True,
+    help="int8 weights and activations; int8 weights; int4 weights in blocks.",
+)  # fmt: skip
+@click.option("-o", "--output", type=PATH, help="Folder to create.  [default: ARTIFACT's name and the scheme]")
+@click.option(
+    "--block", type=click.Choice(["32", "64", "128"]), default="32", show_default=True,
+    help="Inputs that share a scale in int4.",
+)  # fmt: skip
+@click.option(
+    "--head", type=click.Choice(["int8", "int4", "float"]), default="int8", show_default=True, help="Of the logits."
+)
+@click.option(
+    "--embedding", type=click.Choice(["float", "int8"]), default="float", show_default=True,
+    help="int8 makes the file smaller, not the step faster: a token reads one row.",
+)  # fmt: skip
+@click.option(
+    "--target", type=click.Choice(["any", "cpu"]), default="any", show_default=True,
+    help="any: standard ONNX, for ONNX Runtime and TensorRT; cpu: what ONNX Runtime's CPU provider runs fastest.",
+)  # fmt: skip
+@click.option(
+    "--smoothing", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="ALPHA",
+    help="How much of the outliers of activations moves into weights, in w8a8; 0 for nothing.",
+)  # fmt: skip
+def command(
+    artifact: Path,
+    calibration: Path | None,
+    scheme: str,
+    output: Path | None,
+    block: str,
+    head: str,
+    embedding: str,
+    target: str,
+    smoothing: float,
+) -> None:
+    """Write the quantized form of ARTIFACT, an fp32 or fp16 one.
+
+    Norms, the recurrence and what feeds it stay in float; 'rwkv-edge info' tells which linears have which format.
+
+    Example: rwkv-edge quantize rwkv-edge-demo --calibration calibration.json --scheme w8a8
+    """
+    with needs("quantize", "quantizing"):
+        from rwkv_edge.calibration.quantize import QuantizeOptions, quantize_artifact, summary
+        from rwkv_edge.calibration.schemes import SchemeOptions
+
+    folder = output or Path(f"{artifact.resolve().name}-{scheme}")
+    options = QuantizeOptions(SchemeOptions(scheme, int(block), head, embedding, target), smoothing)
+    with byte_progress("weights") as progress:
+        manifest = quantize_artifact(artifact, folder, options, calibration, progress)
+    total = sum(entry.nbytes for entry in manifest.files.values())
+    click.echo(f"{folder}: RWKV-{manifest.spec.version}, {summary(manifest)}, {size(total)}")
