@@ -93,6 +93,16 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+def say_quantized(artifact: Path) -> None:
+    """One line on stderr about an artifact that is not what was trained; nothing about another."""
+    from rwkv_edge.artifact import Artifact
+
+    facts = Artifact.open(artifact).manifest.quantization
+    if facts:
+        text = f"{artifact}: quantized, {facts['scheme']}, head {facts.get('head')}, embedding {facts.get('embedding')}"
+        click.echo(printable(text), err=True)
+
+
 def printable(text: str) -> str:
     """One line in which control characters are escaped: names in a file must not steer the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import PATH, ByteSize, printable, read_text, session_options
+from rwkv_edge.cli.common import PATH, ByteSize, printable, read_text, say_quantized, session_options
 from rwkv_edge.cli.sampling import sampler_from_options, sampling_options
 from rwkv_edge.errors import InputError, RwkvEdgeError
 
@@ -62,6 +62,7 @@ def command(
     sampler = sampler_from_options(sampling)
     text = read_text(Path("-")) if prompt == "-" else _utf8(prompt or "")
     model = open_model(artifact, tokenizer, providers=list(providers), threads=threads)
+    say_quantized(artifact)
     continuation = continued_text(
         model, text, sampler=sampler, max_tokens=max_tokens, stops=list(stops), stop_tokens=set(stop_tokens) or None,
         start=state_in, end=state_out, cache=_cache(cache_folder, cache_size),

@@ -95,8 +95,21 @@ def _file_lines(facts: dict[str, Any]) -> list[str]:
     return [f"  file         {facts['layout']}, {facts['tensors']} tensors, {', '.join(facts['dtypes'])}{state}"]
 
 
+def _quantization_lines(facts: dict[str, Any]) -> list[str]:
+    formats = list(facts["formats"].values())
+    counts = ", ".join(f"{formats.count(form)} {form}" for form in sorted(set(formats)))
+    texts = ", ".join(str(text.get("name")) for text in facts.get("texts", []))
+    form = "for ONNX Runtime on a CPU" if facts.get("target") == "cpu" else "standard Q/DQ"
+    return [
+        f"  quantized    {facts['scheme']}, {form}: linears {counts}; embedding {facts.get('embedding')}",
+        f"  calibration  {f'on {texts}' if texts else 'none'}",
+    ]
+
+
 def _artifact_lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"  precision    {facts['precision']}, batch {facts['batch']}, tokenizer {facts['tokenizer'] or 'none'}"]
+    if facts["quantization"]:
+        lines += _quantization_lines(facts["quantization"])
     for graph in facts["graphs"]:
         lines.append(
             f"  graph        {graph['file']}: {graph['nodes']} nodes, wkv {graph['wkv']}, for {graph['target']}"

@@ -86,7 +86,7 @@ def _describe_checkpoint(path: Path, bandwidth: float | None) -> dict[str, Any]:
         model = model_from_checkpoint(checkpoint, precision)
         nbytes = sum(p.nbytes(model.spec.act_dtype) for p in model.params)
         weights[precision] = nbytes
-        tokens[precision] = _bounds(nbytes, model.spec, bandwidth)
+        tokens[precision] = _bounds(nbytes, model.spec, bandwidth, model.spec.act_dtype)
     return {
         "kind": "checkpoint",
         **_file(path, checkpoint),
@@ -102,6 +102,8 @@ def _describe_artifact(path: Path, bandwidth: float | None) -> dict[str, Any]:
     artifact = Artifact.open(path)
     manifest, spec = artifact.manifest, artifact.manifest.spec
     nbytes = _weight_bytes(manifest)
+    table = "int8" if (manifest.quantization or {}).get("embedding") == "int8" else spec.act_dtype
+    label = f"{manifest.quantization['scheme']}, {spec.precision}" if manifest.quantization else spec.precision
     return {
         "kind": "artifact",
         "path": str(path),
@@ -110,7 +112,8 @@ def _describe_artifact(path: Path, bandwidth: float | None) -> dict[str, Any]:
         "batch": spec.batch if spec.batch is not None else "dynamic",
         "parameters": manifest.source.get("parameters"),
         "source": dict(manifest.source),
-        "weight_bytes": {spec.precision: nbytes},
+        "quantization": dict(manifest.quantization) if manifest.quantization else None,
+        "weight_bytes": {label: nbytes},
         "state_bytes": spec.state_nbytes,
         "graphs": [
             {"file": g.file, "kind": g.kind, "tokens": g.tokens, "target": g.target, "nodes": g.nodes, "wkv": g.wkv}
@@ -124,7 +127,7 @@ def _describe_artifact(path: Path, bandwidth: float | None) -> dict[str, Any]:
         "model_hash": manifest.model_hash,
         "tools": dict(manifest.tools),
         "warnings": list(manifest.warnings),
-        "tokens_per_second_bound": {spec.precision: _bounds(nbytes, spec, bandwidth)},
+        "tokens_per_second_bound": {label: _bounds(nbytes, spec, bandwidth, table)},
     }
 
 
@@ -149,8 +152,8 @@ def _dimensions(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _bounds(weight_bytes: int, spec: ModelSpec, bandwidth: float | None) -> dict[str, float]:
-    table = math.prod((spec.vocab_size, spec.n_embd)) * ITEM_SIZE[spec.act_dtype]
+def _bounds(weight_bytes: int, spec: ModelSpec, bandwidth: float | None, embedding: str) -> dict[str, float]:
+    table = math.prod((spec.vocab_size, spec.n_embd)) * ITEM_SIZE[embedding]
     nbytes = bytes_per_token(weight_bytes, table, spec.vocab_size, spec.state_nbytes)
     places = DEVICES | ({"this machine": bandwidth} if bandwidth else {})
     return {name: round(tokens_per_second(nbytes, value), 1) for name, value in places.items()}

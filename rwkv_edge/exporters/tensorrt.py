@@ -126,6 +126,7 @@ def build_engines(path: str | Path, options: BuildOptions | None = None, progres
     options = options or BuildOptions()
     artifact = Artifact.open(path)
     manifest = artifact.manifest
+    _check_quantization(artifact)
     step = artifact.graph("step", "gpu")
     plan = plan_build(options, manifest.spec.precision, step.wkv)
     graphs = [graph for graph in manifest.graphs if graph.target in ("gpu", "any")]
@@ -143,6 +144,24 @@ def build_engines(path: str | Path, options: BuildOptions | None = None, progres
         if options.timing_cache is not None and cache is not None:
             _write_cache(options.timing_cache, cache)
         return _commit(artifact, scratch, engines, files, options.keep_graphs)
+
+
+def _check_quantization(artifact: Artifact) -> None:
+    """Refuse quantized forms that TensorRT has no operators for.
+
+    Raises:
+        InputError: the form for CPUs, or integer rows of an embedding.
+    """
+    facts = artifact.manifest.quantization or {}
+    if facts.get("target") == "cpu":
+        raise InputError(
+            f"{artifact.path} is quantized for CPUs (--target cpu); quantize the float artifact without it"
+        )
+    if facts.get("embedding") == "int8":
+        raise InputError(
+            f"{artifact.path} has an int8 embedding, whose rows TensorRT cannot gather; quantize the float artifact with "
+            "--embedding float"
+        )
 
 
 def _build(
