@@ -24,6 +24,7 @@ COMMANDS = {
     "info": "Tell what a checkpoint or an artifact is, without loading weights.",
     "verify": "Compare an artifact with its checkpoint, token by token.",
     "generate": "Continue a text.",
+    "chat": "Talk with a model in the terminal.",
     "state": "Look into snapshots of states.",
     "eval": "Measure how well an artifact predicts a text, and how far it is from another.",
     "cache": "Look into a cache of prompts, or empty it.",

@@ -31,6 +31,11 @@ class TextStream:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether bytes of an unfinished character are held back."""
+        return bool(self._decoder.getstate()[0])
+
     def flush(self) -> str:
         """U+FFFD for a character that was never finished, else ''; the stream is empty afterwards."""
         text = self._decoder.decode(b"", final=True)
@@ -54,6 +59,11 @@ class StopText:
         self._longest = max(map(len, self._stops), default=1)
         self._held = ""
         self.met = False
+
+    @property
+    def held(self) -> str:
+        """The text held back."""
+        return self._held
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that is free to go, and whether a stop string was met; from then on nothing is released."""

@@ -1,0 +1,206 @@
+"""``rwkv-edge chat``."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rwkv_edge.cli.common import PATH, printable, session_options
+from rwkv_edge.cli.sampling import sampler_from_options, sampling_options
+from rwkv_edge.errors import InputError, RwkvEdgeError
+from rwkv_edge.runtime.chat_templates import AUTO, TEMPLATES
+
+if TYPE_CHECKING:
+    from rwkv_edge.runtime.chat import Chat, Ending
+
+# Sampling that the model card of rwkv7-g1 shows.
+_DEFAULTS = {"temperature": 1.0, "top_p": 0.5, "top_k": 100}
+
+_HELP = """\
+/retry         another answer to the same text
+/reset         forget all turns
+/save FILE     keep the conversation: the state and what was said
+/load FILE     go on with one that was kept
+/history       print what was said
+/help          this list
+/quit          leave, as Ctrl-D does
+//…            a text that begins with a slash
+Ctrl-C stops an answer; what was said up to there counts."""
+
+
+@click.command("chat", context_settings={"default_map": _DEFAULTS})
+@click.argument("artifact", type=PATH)
+@click.option(
+    "--template", type=click.Choice([AUTO, *TEMPLATES]), default=AUTO, show_default="by the checkpoint's name",
+    help="How turns are written.",
+)  # fmt: skip
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option(
+    "-n", "--max-tokens", default=1024, show_default=True, type=click.IntRange(1), help="Tokens of an answer at most."
+)
+@click.option("--show-thinking", is_flag=True, help="Print thoughts too.")
+@click.option("--load", type=PATH, metavar="FILE", help="Go on with a conversation that /save kept.")
+@click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
+@sampling_options
+@session_options
+def command(
+    artifact: Path,
+    template: str,
+    system: str | None,
+    max_tokens: int,
+    show_thinking: bool,
+    load: Path | None,
+    tokenizer: str | None,
+    providers: Sequence[str],
+    threads: int,
+    **sampling: object,
+) -> None:
+    """Talk with ARTIFACT in the terminal. /help lists what can be typed beside text.
+
+    Ctrl-C stops an answer, Ctrl-D leaves. Where standard input is no terminal, each line is a turn.
+
+    Example: rwkv-edge chat rwkv7-g1-0.1b-fp16 --template g1 --system "You answer in one sentence."
+    """
+    from rwkv_edge.artifact import Artifact
+    from rwkv_edge.runtime.chat import Chat
+    from rwkv_edge.runtime.chat_templates import template_for
+    from rwkv_edge.runtime.open import open_model
+
+    config = sampler_from_options(sampling).config
+    model = open_model(artifact, tokenizer, providers=list(providers), threads=threads)
+    name = str(Artifact.open(artifact).manifest.source.get("file", ""))
+    chosen = template_for(name, model.tokenizer.kind) if template == AUTO else TEMPLATES[template]
+    chat = Chat(model, chosen, system, config, max_tokens)
+    if load:
+        chat.load(load)
+    click.echo(f"{printable(str(artifact))}: template {chat.template.name}; /help lists commands", err=True)
+    _Terminal(chat, show_thinking).run()
+
+
+class _Terminal:
+    """Reads lines until there are no more, and prints answers as they come."""
+
+    def __init__(self, chat: Chat, show_thinking: bool) -> None:
+        if sys.stdin is None:  # closed by the shell: <&-
+            raise InputError("standard input is closed, but what is said should come from there")
+        self._chat, self._show_thinking = chat, show_thinking
+        self._interactive = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "retry": lambda _: self._print(chat.retry(self._stopped)),
+            "reset": self._reset,
+            "save": self._save,
+            "load": self._load,
+            "history": self._history,
+            "help": lambda _: click.echo(_HELP),
+        }
+        self._interrupted = False
+
+    def run(self) -> None:
+        """Until Ctrl-D, /quit or the end of the input."""
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused by the turn
+        if self._interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (line editing, and its own redraw when the window changes)
+        while (line := self._line()) is not None and line.strip() not in ("/quit", "/exit"):
+            try:
+                self._do(line)
+            except RwkvEdgeError as error:
+                click.echo(printable(f"Error: {error}"), err=True)
+
+    def _line(self) -> str | None:
+        """The next line; None at the end."""
+        while True:
+            try:
+                return input("\n> " if self._interactive else "")
+            except EOFError:
+                if self._interactive:
+                    click.echo()
+                return None
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                click.echo("\n(Ctrl-D leaves)", err=True)
+
+    def _do(self, line: str) -> None:
+        text = line.strip()
+        if text.startswith("//"):
+            return self._print(self._chat.ask(text[1:], self._stopped))
+        if not text.startswith("/"):
+            return self._print(self._chat.ask(line, self._stopped)) if text else None
+        name, _, rest = text[1:].partition(" ")
+        if name not in self._commands:
+            raise InputError(f"there is no command '/{name}'; /help lists them, and // begins a text with a slash")
+        return self._commands[name](rest.strip())
+
+    def _print(self, pieces: Generator[str, None, Ending]) -> None:
+        from rwkv_edge.runtime.chat_draft import Visible
+
+        thinking = bool(self._chat.template.think) and not self._show_thinking
+        visible = Visible(thinking)
+        with self._watched():
+            ending = None
+            while ending is None:
+                try:
+                    click.echo(visible.push(next(pieces)), nl=False)
+                except StopIteration as end:
+                    ending = end.value
+                except BaseException:
+                    click.echo()
+                    raise
+        click.echo()
+        if ending in ("interrupted", "length"):
+            click.echo("(stopped)" if ending == "interrupted" else "(cut at --max-tokens)", err=True)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Ctrl-C is noted, so that it stops the answer between two tokens, never within one."""
+        self._interrupted = False
+
+        def note(*_: object) -> None:
+            self._interrupted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _stopped(self) -> bool:
+        return self._interrupted
+
+    def _reset(self, _: str) -> None:
+        self._chat.reset()
+        click.echo("(everything forgotten)", err=True)
+
+    def _save(self, name: str) -> None:
+        self._chat.save(_file(name, "/save"))
+        click.echo(f"(saved {self._length()} to {printable(name)})", err=True)
+
+    def _load(self, name: str) -> None:
+        self._chat.load(_file(name, "/load"))
+        click.echo(f"(loaded {self._length()}, template {self._chat.template.name})", err=True)
+
+    def _length(self) -> str:
+        turns = len(self._chat.turns)
+        return f"{turns} turn{'' if turns == 1 else 's'}, {self._chat.history.tokens} tokens"
+
+    def _history(self, _: str) -> None:
+        from rwkv_edge.runtime.chat_draft import Visible
+
+        for turn in self._chat.turns:
+            thinking = bool(self._chat.template.think) and not self._show_thinking
+            said = (f"> {turn.user}", Visible(thinking).push(turn.answer))
+            click.echo("\n".join(printable(line) for text in said for line in text.split("\n")))
+
+
+def _file(name: str, asked: str) -> Path:
+    if not name:
+        raise InputError(f"{asked} needs the name of a file")
+    return Path(name).expanduser()
