@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": "Measure how well an artifact predicts a text, and how far it is from another.",
     "cache": "Look into a cache of prompts, or empty it.",
     "soak": "Run an artifact for a million tokens and watch it.",
+    "triton": "Write a model repository of the Triton Inference Server.",
     "demo": "Export, verify and run the small model that ships with the package.",
 }
 """Name → first line of its help, so that listing them imports none."""
