@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,15 @@ def shared_text() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/text is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Iterator[str]:
+    """The device of torch's tensors, with its context current."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no NVIDIA GPU")
+    pytest.importorskip("cuda.bindings")
+    torch.zeros(1, device="cuda")
+    yield "cuda"
+    torch.cuda.synchronize()

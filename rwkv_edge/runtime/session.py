@@ -13,7 +13,7 @@ from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import ArtifactError, InputError, SessionError, StateError
 from rwkv_edge.spec import ModelSpec, float32_from_stored, stored_from_float32
 
-BACKENDS = ("auto", "onnxruntime")
+BACKENDS = ("auto", "onnxruntime", "cuda")
 MAX_THREADS = 256  # a backend starts them all at once: a million is the end of the process
 
 
@@ -134,7 +134,8 @@ def open_session(
 
     Args:
         path: the folder that ``rwkv-edge export`` wrote, or an ``.onnx`` file of it.
-        backend: 'onnxruntime', or 'auto' to take what is installed.
+        backend: 'onnxruntime', 'cuda' for our own kernels (RWKV-7 on an NVIDIA GPU), or 'auto' to take what is
+            installed.
         providers: execution providers of ONNX Runtime, in order, as 'cuda' or 'cuda:device_id=1'; the CPU's where none
             is named. On CUDA the state stays on the GPU and steps are CUDA graphs ('cuda:enable_cuda_graph=0': not).
         threads: compute threads; 0 leaves the choice to the backend.
@@ -151,9 +152,13 @@ def open_session(
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not '{backend}'")
     if not 0 <= threads <= MAX_THREADS:
         raise InputError(f"threads must be 0 (automatic) or up to {MAX_THREADS}, not {threads}")
+    path = Path(path)
+    if backend == "cuda":
+        from rwkv_edge.runtime.cuda import CudaSession
+
+        return CudaSession(Artifact.open(path), check_content)
     from rwkv_edge.runtime.onnxruntime import OrtSession, session_from_graph
 
-    path = Path(path)
     if path.suffix == ".onnx":
         return session_from_graph(path, providers, threads, prepack)
     return OrtSession(Artifact.open(path), providers, threads, check_content, prepack)

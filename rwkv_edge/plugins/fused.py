@@ -1,0 +1,292 @@
+"""The fused kernels of RWKV-7, five a layer: what is compiled for a model, and in which order arguments go.
+
+A kernel is compiled for the dimensions of one model, so that every loop is unrolled and its first loads are issued
+before the kernel ahead has ended. Letters of shapes: B streams, D width, A = H·N inner width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rwkv_edge.errors import InputError
+from rwkv_edge.plugins import nvrtc
+
+MAX_BATCH: Final = 8
+"""Streams that one chain of matrix-vector products carries; more run as several chains."""
+
+ALIGNMENT: Final = 8
+"""Widths and ranks are multiples of this: rows of a matrix begin at 16 bytes in every dtype."""
+
+TYPES: Final[Mapping[str, str]] = {"float32": "Float", "float16": "Half", "bfloat16": "Brain"}
+"""Names of `rwkv_edge.plugins.kernels` for dtypes."""
+
+_ITEM: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+WARP: Final = 32
+ASKED: Final = 4096  # bytes that a thread brings into the cache at once, as in fused.cuh
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What the kernels of a model depend on.
+
+    Attributes:
+        width: D.
+        inner: A.
+        hidden: F.
+        heads: H.
+        head_size: N.
+        vocabulary: V.
+        rank_w: of the decay's LoRA, as for the rates a, the gate g and the value residual v.
+        rank_a: see ``rank_w``.
+        rank_g: see ``rank_w``.
+        rank_v: see ``rank_w``; 0 in a model of one layer.
+        dtype: of matrices, small vectors and token-shift states.
+    """
+
+    width: int
+    inner: int
+    hidden: int
+    heads: int
+    head_size: int
+    vocabulary: int
+    rank_w: int
+    rank_a: int
+    rank_g: int
+    rank_v: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in TYPES:
+            raise InputError(f"the fused kernels take {', '.join(TYPES)}; found {self.dtype!r}")
+        sizes = {name: getattr(self, name) for name in ("width", "inner", "hidden", "head_size", "vocabulary")}
+        sizes |= {name: getattr(self, name) for name in ("rank_w", "rank_a", "rank_g", "rank_v")}
+        for name, size in sizes.items():
+            if size % ALIGNMENT:
+                raise InputError(f"the fused kernels need a {name} that is a multiple of {ALIGNMENT}; found {size}")
+        if self.head_size > 128 or self.heads * self.head_size != self.inner:
+            raise InputError(
+                f"the fused kernels need heads of at most 128 channels that fill the inner width; found {self.heads} "
+                f"of {self.head_size} for {self.inner}"
+            )
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Choices that change speed alone.
+
+    Attributes:
+        time_mix_in: columns of a block, as in the other kernels.
+        time_mix_out: see ``time_mix_in``.
+        time_mix_split: blocks that share the rows of the output matrix.
+        channel_mix_in: see ``time_mix_in``.
+        channel_mix_out: see ``time_mix_in``.
+        channel_mix_split: blocks that share the rows of the value matrix.
+        head: see ``time_mix_in``.
+        skip: rows of the value matrix whose input is zero are not read.
+        ahead: loads of a thread in flight.
+        bring: bytes of the key matrix that come into the cache while the recurrence runs.
+        threads: of a block.
+    """
+
+    time_mix_in: int = 32
+    time_mix_out: int = 32
+    time_mix_split: int = 4
+    channel_mix_in: int = 32
+    channel_mix_out: int = 64
+    channel_mix_split: int = 8
+    head: int = 64
+    skip: bool = True
+    ahead: int = 8
+    bring: int = 0
+    threads: int = 256
+
+
+@dataclass(frozen=True)
+class FusedKernel:
+    """One kernel, compiled for one model and number of streams.
+
+    Its arguments are the pointers of ``inputs``, then of ``outputs``, in the order of TensorRT's ahead-of-time plugins.
+
+    Attributes:
+        name: of the entry point.
+        source: file of `rwkv_edge.plugins.kernels`.
+        defines: macros to compile it with.
+        inputs: names of tensors read.
+        outputs: names of tensors written.
+        grid: blocks along x, y and z.
+        threads: of a block.
+        shared: dynamic shared memory in bytes.
+    """
+
+    name: str
+    source: str
+    defines: tuple[tuple[str, str], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int = 0
+
+    def ptx(self, capability: int, cache: Path | None = None) -> str:
+        """PTX for a device of compute capability ``capability`` (90 for 9.0); see `nvrtc.compile_ptx`."""
+        return nvrtc.compile_ptx(self.source, self.defines, capability, cache)
+
+
+class Kernels:
+    """The kernels of a model for one number of streams."""
+
+    def __init__(self, dimensions: Dimensions, batch: int, tuning: Tuning) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            dimensions: of the model.
+            batch: streams, 1 to `MAX_BATCH`.
+            tuning: choices that change speed alone.
+
+        Raises:
+            InputError: too many streams.
+        """
+        if not 1 <= batch <= MAX_BATCH:
+            raise InputError(f"a chain of fused kernels carries 1 to {MAX_BATCH} streams; found {batch}")
+        self.dimensions, self.batch, self.tuning = dimensions, batch, tuning
+
+    def time_mix_in(self, layer: int) -> FusedKernel:
+        """Residual sum, norm, mixes, receptance, key, value, first halves of the LoRAs."""
+        d, tile = self.dimensions, self.tuning.time_mix_in
+        first, rank_v = layer == 0, d.rank_v if layer else 0
+        columns = [d.inner] * 3 + [d.rank_w, d.rank_a, d.rank_g, rank_v]
+        source = ("tokens", "emb") if first else ("stream", "parts")
+        return self._kernel(
+            "v7_time_mix_in",
+            {"EMBED": int(first), "RANK_V": rank_v, **self._ranks()},
+            tile,
+            self.tuning.channel_mix_split,
+            (
+                *source, "shift", "ln.weight", "ln.bias", "mix", "receptance", "key", "value", "w1", "a1", "g1",
+                *(["v1"] if rank_v else []),
+            ),
+            ("stream", "shift", "r", "k", "v", "hw", "ha", "hg", *(["hv"] if rank_v else [])),
+            (sum(-(-n // tile) for n in columns), 1, 1),
+            self.batch * d.width,
+        )  # fmt: skip
+
+    def wkv(self, layer: int) -> FusedKernel:
+        """Second halves of the LoRAs, the recurrence, group norm, bonus, gate."""
+        d, rank_v = self.dimensions, self.dimensions.rank_v if layer else 0
+        bring = min(self.tuning.bring, d.width * d.hidden * _ITEM[d.dtype]) // 128 * 128
+        return self._kernel(
+            "v7_wkv",
+            {"RANK_V": rank_v, "BRING": bring, **self._ranks()},
+            d.head_size,
+            0,
+            (
+                "r", "k", "v", "hw", "ha", "hg", *(["hv", "v_first"] if rank_v else []), "w2", "a2", "g2",
+                *(["v2"] if rank_v else []), "w0", "a0", *(["v0"] if rank_v else []), "k_k", "k_a", "r_k",
+                "ln_x.weight", "ln_x.bias", "wkv", *(["next"] if bring else []),
+            ),
+            ("y", "wkv"),
+            (d.heads + -(-bring // (ASKED * self.tuning.threads)), self.batch, 1),
+            0,
+            batch=1,
+        )  # fmt: skip
+
+    def time_mix_out(self) -> FusedKernel:
+        """Output, as partial sums for the residual stream."""
+        split = self.tuning.time_mix_split
+        return self._project("y", "output", self.dimensions.inner, self.tuning.time_mix_out, split, skip=False)
+
+    def channel_mix_in(self) -> FusedKernel:
+        """Residual sum, norm, mix, key, relu²."""
+        d, tile = self.dimensions, self.tuning.channel_mix_in
+        return self._kernel(
+            "v7_channel_mix_in",
+            {"HIDDEN": d.hidden},
+            tile,
+            self.tuning.time_mix_split,
+            ("stream", "parts", "shift", "ln.weight", "ln.bias", "mix", "key"),
+            ("stream", "shift", "hidden"),
+            (-(-d.hidden // tile), 1, 1),
+            self.batch * d.width,
+        )
+
+    def channel_mix_out(self) -> FusedKernel:
+        """Value, as partial sums for the residual stream."""
+        split, skip = self.tuning.channel_mix_split, self.tuning.skip
+        return self._project("hidden", "value", self.dimensions.hidden, self.tuning.channel_mix_out, split, skip)
+
+    def head(self) -> FusedKernel:
+        """Last norm and head: logits, and the largest of every block."""
+        d, tile = self.dimensions, self.tuning.head
+        return self._kernel(
+            "head",
+            {"VOCABULARY": d.vocabulary},
+            tile,
+            self.tuning.channel_mix_split,
+            ("stream", "parts", "ln_out.weight", "ln_out.bias", "head"),
+            ("logits", "best", "best_at"),
+            (self.head_blocks, 1, 1),
+            self.batch * d.width,
+        )
+
+    def argmax(self) -> FusedKernel:
+        """The greedy choice."""
+        defines = {"COUNT": self.head_blocks}
+        return self._kernel("argmax", defines, 8, 0, ("best", "best_at"), ("tokens",), (self.batch, 1, 1), 0)
+
+    @property
+    def head_blocks(self) -> int:
+        """Blocks of `head`: as many largest values it leaves for each stream."""
+        return -(-self.dimensions.vocabulary // self.tuning.head)
+
+    def _project(self, source: str, matrix: str, rows: int, tile: int, split: int, skip: bool) -> FusedKernel:
+        return self._kernel(
+            "v7_project",
+            {"FROM": rows, "SPLIT": split, "SKIP": int(skip)},
+            tile,
+            0,
+            (source, matrix),
+            ("parts",),
+            (-(-self.dimensions.width // tile), split, 1),
+            self.batch * -(-rows // split),
+        )
+
+    def _ranks(self) -> dict[str, int]:
+        d = self.dimensions
+        return {"INNER": d.inner, "RANK_W": d.rank_w, "RANK_A": d.rank_a, "RANK_G": d.rank_g}
+
+    def _kernel(
+        self,
+        source: str,
+        defines: Mapping[str, int],
+        tile: int,
+        parts: int,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        grid: tuple[int, int, int],
+        shared_floats: int,
+        batch: int | None = None,
+    ) -> FusedKernel:
+        d = self.dimensions
+        macros = {
+            "KERNEL": f"rwkv_{source}", "ACT": TYPES[d.dtype], "WEIGHT": TYPES[d.dtype], "HEAD": d.head_size,
+            "THREADS": self.tuning.threads, "BATCH": batch or self.batch, "WIDTH": d.width, "TILE": tile,
+            "PARTS": parts, "AHEAD": self.tuning.ahead, **defines,
+        }  # fmt: skip
+        per = 16 // _ITEM[d.dtype]
+        if tile % per or ((tile // per) & (tile // per - 1) and source != "v7_wkv") or tile > per * WARP:
+            raise InputError(
+                f"a tile of {source} must be {per} columns times a power of two up to {WARP}; found {tile}"
+            )
+        return FusedKernel(
+            name=str(macros["KERNEL"]),
+            source=f"{source}.cu",
+            defines=tuple((name, str(value)) for name, value in macros.items()),
+            inputs=inputs,
+            outputs=outputs,
+            grid=grid,
+            threads=self.tuning.threads,
+            shared=4 * shared_floats,
+        )

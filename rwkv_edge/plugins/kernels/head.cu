@@ -1,0 +1,51 @@
+// Last norm and head: logits [B, V] float, and the largest of each block of columns with its index: what `argmax` reads.
+//
+// Further parameter: VOCABULARY. Grid (blocks of columns).
+#include "fused.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
+    const float* stream_in, const float* parts, const Act* __restrict__ norm_weight,
+    const Act* __restrict__ norm_bias, const Weight* __restrict__ head, float* logits, float* best, int* best_at) {
+    extern __shared__ float inputs[];  // [BATCH, WIDTH]
+    __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
+    const int first = blockIdx.x * TILE;
+    Columns<WIDTH, TILE> rows(head, VOCABULARY, 0, first);
+    rows.prefetch();
+    const Vector weight(norm_weight), bias(norm_bias);
+    wait_for_previous();
+
+    Stream stream;
+    stream.load(stream_in, parts);
+    stream.normalize(weight, bias, scratch);
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b)
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q)
+            if (place(q) < WIDTH) store4(inputs + b * WIDTH + place(q), stream.x[b][q]);
+    __syncthreads();
+
+    float sums[BATCH][PER] = {};
+    rows.add(sums, inputs, WIDTH);
+    constexpr int pitch = BATCH * TILE;
+    warp_sums<Columns<WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
+    __syncthreads();
+    // a warp at a time has one stream: the largest logit of the block, the first of equals
+    for (int b = threadIdx.x / 32; b < BATCH; b += WARPS) {
+        float top = __int_as_float(0xff800000);  // -infinity
+        int top_at = 0x7fffffff;
+        for (int at = threadIdx.x % 32; at < TILE; at += 32) {
+            const int column = first + at;
+            if (column >= VOCABULARY) continue;
+            const float logit = over_warps(scratch, pitch, b * TILE + at);
+            logits[static_cast<long long>(b) * VOCABULARY + column] = logit;
+            if (logit > top || top_at == 0x7fffffff) top = logit, top_at = column;
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            const float other = __shfl_xor_sync(EVERY_LANE, top, step);
+            const int other_at = __shfl_xor_sync(EVERY_LANE, top_at, step);
+            if (other > top || (other == top && other_at < top_at)) top = other, top_at = other_at;
+        }
+        if (threadIdx.x % 32 == 0) best[b * gridDim.x + blockIdx.x] = top, best_at[b * gridDim.x + blockIdx.x] = top_at;
+    }
+}

@@ -1,0 +1,38 @@
+// RWKV-7, fourth of five kernels of a layer: residual sum, layer norm, token-shift mix, key, relu^2.
+//
+// Further parameter: HIDDEN (F). Grid (blocks of columns). stream_out must not be stream, nor shift_out shift.
+#include "fused.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
+    const float* stream_in, const float* parts, const Act* shift, const Act* __restrict__ norm_weight,
+    const Act* __restrict__ norm_bias, const Act* __restrict__ mix, const Weight* __restrict__ key, float* stream_out,
+    Act* shift_out, float* hidden) {
+    extern __shared__ float inputs[];  // [BATCH, WIDTH]
+    __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
+    const int first = blockIdx.x * TILE;
+    Columns<WIDTH, TILE> rows(key, HIDDEN, 0, first);
+    rows.prefetch();
+    const Vector weight(norm_weight), bias(norm_bias), share(mix);
+    const Rows before(shift);
+    wait_for_previous();
+
+    Stream stream;
+    stream.load(stream_in, parts);
+    if (blockIdx.x == 0) stream.keep(stream_out);
+    stream.normalize(weight, bias, scratch);
+    stream.shift(inputs, before, share);
+    if (blockIdx.x == 0) stream.keep_act(shift_out);
+    __syncthreads();
+
+    float sums[BATCH][PER] = {};
+    rows.add(sums, inputs, WIDTH);
+    constexpr int pitch = BATCH * TILE;
+    warp_sums<Columns<WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
+    __syncthreads();
+    for (int at = threadIdx.x; at < pitch; at += THREADS) {
+        const int column = first + at % TILE;
+        if (column >= HIDDEN) continue;
+        const float positive = fmaxf(over_warps(scratch, pitch, at), 0.0f);
+        hidden[at / TILE * HIDDEN + column] = positive * positive;
+    }
+}

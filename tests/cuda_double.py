@@ -1,0 +1,276 @@
+"""A GPU made of numpy: the fused kernels' meaning, run on memory that is addressed as the device's is.
+
+It proves everything around the kernels: which buffers each one is given, the order, states, graphs, the session. What
+the CUDA text computes is proved on a GPU.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rwkv_edge.errors import SessionError
+from rwkv_edge.plugins.fused import FusedKernel
+from rwkv_edge.spec import float32_from_stored, numpy_dtype, stored_from_float32
+
+DTYPES = {"Float": "float32", "Half": "float16", "Brain": "bfloat16"}
+
+
+def described(kernel: FusedKernel, capability: int) -> str:
+    """What stands for PTX here."""
+    return json.dumps({"source": kernel.source, "grid": kernel.grid, **dict(kernel.defines)})
+
+
+class Driver:
+    """See `rwkv_edge.runtime.cuda_driver.Driver`."""
+
+    capability, processors, name = 90, 132, "numpy"
+
+    def __init__(self, ordinal: int = 0, memory: int = 1 << 34) -> None:
+        self._blocks: dict[int, np.ndarray] = {}
+        self._end, self._left = 4096, memory
+        self.recording: list[Callable[[], None]] | None = None
+        self.launches = 0
+
+    def allocate(self, nbytes: int) -> int:
+        nbytes = max(nbytes, 16)
+        if nbytes > self._left:
+            raise SessionError("out of memory")
+        pointer = self._end
+        self._blocks[pointer] = np.zeros(nbytes, np.uint8)
+        self._end += -(-nbytes // 256) * 256 + 256
+        self._left -= nbytes
+        return pointer
+
+    def free(self, *pointers: int) -> None:
+        for pointer in pointers:
+            block = self._blocks.pop(pointer, None)
+            self._left += 0 if block is None else block.nbytes
+
+    def free_memory(self) -> int:
+        return self._left
+
+    def memory(self, pointer: int, nbytes: int) -> np.ndarray:
+        """A view; what lies outside an allocation is an error, as compute-sanitizer would say."""
+        starts = sorted(self._blocks)
+        start = starts[bisect.bisect_right(starts, pointer) - 1]
+        assert start <= pointer, "an address that was never allocated"
+        assert pointer + nbytes <= start + self._blocks[start].nbytes, "out of bounds"
+        return self._blocks[start][pointer - start : pointer - start + nbytes]
+
+    def view(self, pointer: int, shape: Sequence[int], dtype: str = "float32") -> np.ndarray:
+        found = numpy_dtype(dtype)
+        return self.memory(pointer, int(np.prod(shape)) * found.itemsize).view(found).reshape(shape)
+
+    def upload(self, array: np.ndarray, to: int) -> None:
+        assert self.recording is None
+        self.memory(to, array.nbytes)[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+
+    upload_file = upload
+
+    def download(self, pointer: int, array: np.ndarray) -> None:
+        array.view(np.uint8).reshape(-1)[:] = self.memory(pointer, array.nbytes)
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        self._do(lambda: np.copyto(self.memory(to, nbytes), self.memory(source, nbytes)))
+
+    def synchronize(self) -> None: ...
+
+    def function(self, ptx: str, name: str, shared: int = 0) -> dict[str, Any]:
+        return json.loads(ptx)
+
+    def launch(
+        self,
+        function: dict[str, Any],
+        grid: Sequence[int],
+        threads: int,
+        shared: int,
+        pointers: Sequence[int],
+        early: bool,
+    ) -> None:
+        assert list(grid) == function["grid"]
+        run = KERNELS[function["source"]]
+        self._do(lambda: run(Arguments(self, function, list(pointers))))
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Graph]:
+        graph = Graph()
+        self.recording = graph.work
+        try:
+            yield graph
+        finally:
+            self.recording = None
+
+    def elapsed_ms(self, work: Callable[[], None]) -> float:
+        work()
+        return 1.0
+
+    def close(self) -> None:
+        self._blocks.clear()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        if self.recording is None:
+            self.launches += 1
+            work()
+        else:
+            self.recording.append(work)
+
+
+class Graph:
+    """What was recorded."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def launch(self) -> None:
+        for work in self.work:
+            work()
+
+    def close(self) -> None:
+        self.work = []
+
+
+class Arguments:
+    """A kernel's pointers in order, read and written as arrays of the dimensions that it was compiled for."""
+
+    def __init__(self, driver: Driver, macros: dict[str, Any], pointers: list[int]) -> None:
+        self.driver, self.macros, self.pointers = driver, macros, pointers
+        self.act = DTYPES[macros["ACT"]]
+
+    def __getattr__(self, name: str) -> int:
+        return int(self.macros[name])
+
+    def take(self, *shape: int, dtype: str = "float32") -> np.ndarray:
+        """The next argument's values as float32 (integers as they are)."""
+        stored = self.driver.view(self.pointers.pop(0), shape, dtype)
+        return stored.copy() if dtype == "int32" else float32_from_stored(stored.copy(), dtype)
+
+    def weight(self, *shape: int) -> np.ndarray:
+        return self.take(*shape, dtype=DTYPES[self.macros["WEIGHT"]])
+
+    def give(self, value: np.ndarray, dtype: str = "float32") -> None:
+        stored = value.astype(np.int32) if dtype == "int32" else stored_from_float32(value.astype(np.float32), dtype)
+        self.driver.view(self.pointers.pop(0), value.shape, dtype)[...] = stored
+
+    def done(self) -> None:
+        assert not self.pointers, "arguments are left over"
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def normed(x: np.ndarray, eps: float) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+
+
+def residual(a: Arguments) -> np.ndarray:
+    stream, parts = a.take(a.BATCH, a.WIDTH), a.take(a.PARTS, a.BATCH, a.WIDTH)
+    return stream + parts.sum(0)
+
+
+def time_mix_in(a: Arguments) -> None:
+    ranks = [a.RANK_W, a.RANK_A, a.RANK_G, *([a.RANK_V] if a.RANK_V else [])]
+    if a.EMBED:
+        tokens, table = a.pointers.pop(0), a.pointers.pop(0)
+        item = numpy_dtype(a.act).itemsize
+        rows = [
+            a.driver.view(table + int(t) * a.WIDTH * item, (a.WIDTH,), a.act)
+            for t in a.driver.view(tokens, (a.BATCH,), "int32")
+        ]
+        x = float32_from_stored(np.stack(rows), a.act)
+    else:
+        x = residual(a)
+    before = a.take(a.BATCH, a.WIDTH, dtype=a.act)
+    weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
+    mix = a.take(6, a.WIDTH, dtype=a.act)
+    matrices = [a.weight(a.WIDTH, n) for n in [a.INNER] * 3 + ranks]
+    xn = normed(x, 1e-5) * weight + bias
+    r, w, k, v, rate, g = (xn + (before - xn) * m for m in mix)
+    found = [y @ m for y, m in zip([r, k, v, w, rate, g, v], matrices, strict=False)]
+    found[3], found[5] = np.tanh(found[3]), sigmoid(found[5])
+    a.give(x)
+    a.give(xn, a.act)
+    for value in found:
+        a.give(value)
+    a.done()
+
+
+def wkv(a: Arguments) -> None:
+    batch, heads = a.macros["grid"][1], a.INNER // a.HEAD
+    r, k, v = (a.take(batch, heads, a.HEAD) for _ in range(3))
+    ranks = [a.RANK_W, a.RANK_A, a.RANK_G, *([a.RANK_V] if a.RANK_V else [])]
+    hidden = [a.take(batch, n) for n in ranks]
+    first = a.take(batch, heads, a.HEAD) if a.RANK_V else None
+    halves = [(h @ a.weight(n, a.INNER)).reshape(r.shape) for h, n in zip(hidden, ranks, strict=True)]
+    shape = heads, a.HEAD
+    decay = np.exp(-0.6065306597126334 * sigmoid(halves[0] + a.take(*shape)))
+    rate = sigmoid(halves[1] + a.take(*shape, dtype=a.act))
+    if first is not None:
+        v = v + (first - v) * sigmoid(halves[3] + a.take(*shape, dtype=a.act))
+    k_k, k_a, r_k, weight, bias = (a.take(*shape) for _ in range(5))
+    state = a.take(batch, heads, a.HEAD, a.HEAD)
+    if a.BRING:
+        a.driver.memory(a.pointers.pop(0), a.BRING)
+    kk = k * k_k
+    kk /= np.maximum(np.linalg.norm(kk, axis=-1, keepdims=True), 1e-12)
+    k = k * ((rate - 1) * k_a + 1)
+    removed = np.einsum("bhij,bhj->bhi", state, kk)
+    state = state * decay[:, :, None] - removed[..., None] * (kk * rate)[:, :, None] + v[..., None] * k[:, :, None]
+    y = normed(np.einsum("bhij,bhj->bhi", state, r), 64e-5) * weight + bias
+    y = (y + (r * k * r_k).sum(-1, keepdims=True) * v) * halves[2]
+    a.give(y)
+    a.give(state)
+    a.done()
+
+
+def project(a: Arguments) -> None:
+    x, matrix = a.take(a.BATCH, a.FROM), a.weight(a.FROM, a.WIDTH)
+    size = -(-a.FROM // a.SPLIT)
+    a.give(np.stack([x[:, i * size : (i + 1) * size] @ matrix[i * size : (i + 1) * size] for i in range(a.SPLIT)]))
+    a.done()
+
+
+def channel_mix_in(a: Arguments) -> None:
+    x = residual(a)
+    before = a.take(a.BATCH, a.WIDTH, dtype=a.act)
+    weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
+    mix, key = a.take(a.WIDTH, dtype=a.act), a.weight(a.WIDTH, a.HIDDEN)
+    xn = normed(x, 1e-5) * weight + bias
+    a.give(x)
+    a.give(xn, a.act)
+    a.give(np.maximum((xn + (before - xn) * mix) @ key, 0) ** 2)
+    a.done()
+
+
+def head(a: Arguments) -> None:
+    x = residual(a)
+    weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
+    logits = (normed(x, 1e-5) * weight + bias) @ a.weight(a.WIDTH, a.VOCABULARY)
+    a.give(logits)
+    blocks = [logits[:, i : i + a.TILE] for i in range(0, a.VOCABULARY, a.TILE)]
+    a.give(np.stack([b.max(1) for b in blocks], 1))
+    a.give(np.stack([b.argmax(1) + i * a.TILE for i, b in enumerate(blocks)], 1), "int32")
+    a.done()
+
+
+def argmax(a: Arguments) -> None:
+    batch = a.macros["grid"][0]
+    best, at = a.take(batch, a.COUNT), a.take(batch, a.COUNT, dtype="int32")
+    a.give(at[np.arange(batch), best.argmax(1)], "int32")
+    a.done()
+
+
+KERNELS: dict[str, Callable[[Arguments], None]] = {
+    "v7_time_mix_in.cu": time_mix_in,
+    "v7_wkv.cu": wkv,
+    "v7_project.cu": project,
+    "v7_channel_mix_in.cu": channel_mix_in,
+    "head.cu": head,
+    "argmax.cu": argmax,
+}

@@ -1,0 +1,101 @@
+"""The fused kernels' specs, and what NVRTC makes of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from rwkv_edge.errors import InputError
+from rwkv_edge.plugins import nvrtc
+from rwkv_edge.plugins.fused import Dimensions, FusedKernel, Kernels, Tuning
+from rwkv_edge.runtime.cuda import LARGE, SMALL
+
+ORIN, HOPPER = 87, 90
+SMALLEST = Dimensions(768, 768, 3072, 12, 64, 65536, 64, 64, 128, 32, "float16")
+LARGER = Dimensions(2048, 2048, 8192, 32, 64, 65536, 96, 96, 256, 64, "float16")
+
+
+def all_of(kernels: Kernels) -> list[FusedKernel]:
+    return [
+        *(kernels.time_mix_in(layer) for layer in (0, 1)),
+        *(kernels.wkv(layer) for layer in (0, 1)),
+        kernels.time_mix_out(),
+        kernels.channel_mix_in(),
+        kernels.channel_mix_out(),
+        kernels.head(),
+        kernels.argmax(),
+    ]
+
+
+@pytest.mark.parametrize("capability", [75, 80, 86, 87, 89, 90, 100, 110, 120])
+def test_all_compile(capability: int, nvrtc_architectures: tuple[int, ...]) -> None:
+    if capability not in nvrtc_architectures:
+        pytest.skip(f"this NVRTC does not know compute_{capability}")
+    kernels = Kernels(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512, vocabulary=256), 1, SMALL)
+    for kernel in all_of(kernels):
+        assert f".target sm_{capability}" in kernel.ptx(capability)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "tuning", "batch"),
+    [(SMALLEST, SMALL, 1), (LARGER, LARGE, 1), (replace(LARGER, dtype="bfloat16"), LARGE, 1)],
+    ids=["0.1B", "1.5B", "1.5B in bfloat16"],
+)
+def test_registers_do_not_spill(
+    dimensions: Dimensions, tuning: Tuning, batch: int, nvrtc_architectures: tuple[int, ...]
+) -> None:
+    """What ptxas inside NVRTC reports: no stack on Hopper; two words on Orin, by which it reaches 64 registers."""
+    for kernel in all_of(Kernels(dimensions, batch, tuning)):
+        options = [*nvrtc.OPTIONS, *(f"-D{name}={value}" for name, value in kernel.defines)]
+        for capability, most in ((ORIN, 8), (HOPPER, 0)):
+            if capability not in nvrtc_architectures:
+                continue
+            arguments = [*options, f"--gpu-architecture=sm_{capability}", "--ptxas-options=-v"]
+            _, log = nvrtc.compiled(kernel.source, arguments)
+            if "spill" not in log:
+                pytest.skip("this NVRTC passes on no report of ptxas")
+            spilled = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)]
+            assert max(spilled) <= most, f"{kernel.name}: {log}"
+
+
+def test_programmatic_launch_only_where_it_exists(nvrtc_architectures: tuple[int, ...]) -> None:
+    kernel = Kernels(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512), 1, SMALL).channel_mix_in()
+    for capability, has in ((80, False), (90, True)):
+        if capability in nvrtc_architectures:
+            assert ("griddepcontrol" in kernel.ptx(capability)) == has
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"width": 100, "inner": 100}, "width that is a multiple of 8; found 100"),
+        ({"rank_g": 12}, "rank_g that is a multiple of 8; found 12"),
+        ({"head_size": 256, "heads": 3}, "at most 128 channels"),
+        ({"heads": 11}, "found 11 of 64 for 768"),
+        ({"dtype": "int8"}, "float32, float16, bfloat16; found 'int8'"),
+    ],
+)
+def test_dimensions_are_checked(wrong: dict[str, object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        replace(SMALLEST, **wrong)
+
+
+@pytest.mark.parametrize("batch", [0, 9])
+def test_batches_are_checked(batch: int) -> None:
+    with pytest.raises(InputError, match="1 to 8 streams"):
+        Kernels(SMALLEST, batch, SMALL)
+
+
+@pytest.mark.parametrize("tile", [12, 512])
+def test_tiles_are_checked(tile: int) -> None:
+    with pytest.raises(InputError, match="8 columns times a power of two up to 32"):
+        Kernels(SMALLEST, 1, replace(SMALL, head=tile)).head()
+
+
+def test_one_kernel_serves_all_layers_but_the_first() -> None:
+    kernels = Kernels(SMALLEST, 1, SMALL)
+    assert kernels.time_mix_in(1) == kernels.time_mix_in(7) != kernels.time_mix_in(0)
+    assert "v1" not in kernels.time_mix_in(0).inputs
+    assert "v_first" in kernels.wkv(3).inputs
