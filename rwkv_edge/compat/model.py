@@ -46,7 +46,8 @@ class RWKV:
         Args:
             model: a checkpoint, with or without '.pth', or hf://OWNER/NAME[/FILE] on the hub; or a folder, of Hugging
                 Face or of an exported artifact, which a device without torch needs.
-            strategy: 'cpu fp32', 'cuda fp16', 'cuda:1 bf16'…; for an artifact, the precision that it has.
+            strategy: 'cpu fp32', 'cuda fp16', 'cuda:1 bf16', 'cuda fp16i8' (int8 weights)…; for an artifact, the
+                precision that it has.
             verbose: say on standard error when a checkpoint is exported.
             convert_and_save_and_exit: not taken.
             tensors: 'torch' or 'numpy', of what `forward` returns; torch where it is installed, by default.
@@ -147,12 +148,12 @@ def _opened(path: Path, plan: Strategy, threads: int, verbose: bool) -> Session[
         if precision != plan.precision:
             raise InputError(f"{path} was exported in {precision}; say so in the strategy: '{plan.device} {precision}'")
         return opened(path)
-    folder = stored_artifact(path, plan.precision, tell)
+    folder = stored_artifact(path, plan, tell)
     try:
         return opened(folder)
     except ArtifactError as error:
         tell(str(error))
-        return opened(stored_artifact(path, plan.precision, tell, again=True))
+        return opened(stored_artifact(path, plan, tell, again=True))
 
 
 def _ids(tokens: int | Sequence[int]) -> list[int]:

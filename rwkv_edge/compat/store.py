@@ -1,7 +1,7 @@
 """Artifacts of checkpoints, exported when they are first asked for and kept in the user's cache folder.
 
 The folder is ``$RWKV_EDGE_CACHE``, else ``rwkv-edge`` in the platform's cache folder; artifacts lie in its subfolder
-``artifacts`` as ``<checkpoint>-<precision>-<key>/<stamp>``. The key is of the checkpoint's path and the options, the
+``artifacts`` as ``<checkpoint>-<form>-<key>/<stamp>``. The key is of the checkpoint's path and the options, the
 stamp of sizes and times of its files: one that was replaced is exported again, and its former artifact removed.
 """
 
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rwkv_edge.artifact import FORMAT_VERSION, MANIFEST
+from rwkv_edge.compat.strategy import Strategy
 from rwkv_edge.errors import ArtifactError, CheckpointError, MissingDependencyError
 
 _DIGITS = 16  # of a sha256 in names: no chance of a clash among the models of one machine
@@ -41,12 +42,12 @@ def cache_folder() -> Path:
         raise ArtifactError("there is no home folder for the cache; set RWKV_EDGE_CACHE to a folder") from error
 
 
-def stored_artifact(checkpoint: Path, precision: str, tell: Callable[[str], None], again: bool = False) -> Path:
+def stored_artifact(checkpoint: Path, plan: Strategy, tell: Callable[[str], None], again: bool = False) -> Path:
     """The artifact of a checkpoint in the cache, exported now if it is not there; processes wait for each other.
 
     Args:
         checkpoint: a file or a Hugging Face folder.
-        precision: 'fp32', 'fp16' or 'bf16'.
+        plan: the precision, and the device where weights are quantized for one.
         tell: told, in a line, of an export that begins.
         again: export even if it is there, since it turned out to be damaged.
 
@@ -55,19 +56,19 @@ def stored_artifact(checkpoint: Path, precision: str, tell: Callable[[str], None
         ArtifactError: the cache cannot be written.
         MissingDependencyError: what exports is not installed.
     """
-    place = cache_folder() / "artifacts" / _name(checkpoint, precision)
+    place = cache_folder() / "artifacts" / _name(checkpoint, plan)
     target = place / _stamp(checkpoint)
     if (target / MANIFEST).is_file() and not again:
         return target
     with _alone(place):
         if again or not (target / MANIFEST).is_file():  # else another process was first
-            tell(f"exporting {checkpoint} in {precision} to {target}, once")
-            _export(checkpoint, precision, target)
+            tell(f"exporting {checkpoint} in {_form(plan)} to {target}, once")
+            _export(checkpoint, plan, target)
             _remove_former(place, target)
     return target
 
 
-def _export(checkpoint: Path, precision: str, target: Path) -> None:
+def _export(checkpoint: Path, plan: Strategy, target: Path) -> None:
     try:
         from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
     except ImportError as error:
@@ -76,14 +77,38 @@ def _export(checkpoint: Path, precision: str, target: Path) -> None:
     from rwkv_edge.checkpoints import open_checkpoint
 
     # The tokenizer is the pipeline's; all logits are for `full_output`.
-    options = ExportOptions(precision=precision, tokenizer="none", all_logits=True)
-    export_checkpoint(open_checkpoint(checkpoint), target, options)
+    options = ExportOptions(precision=plan.precision, tokenizer="none", all_logits=True)
+    if not plan.int8:
+        export_checkpoint(open_checkpoint(checkpoint), target, options)
+        return
+    scratch = target.parent / ".float"  # nobody else is here; one that was left is replaced
+    try:
+        export_checkpoint(open_checkpoint(checkpoint), scratch, options)
+        _quantize(scratch, target, plan)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _name(checkpoint: Path, precision: str) -> str:
-    identity = (os.path.realpath(checkpoint), precision, FORMAT_VERSION, version("rwkv-edge"))
+def _quantize(artifact: Path, target: Path, plan: Strategy) -> None:
+    """int8 weights, in the form that the device runs fastest."""
+    try:
+        from rwkv_edge.calibration.quantize import QuantizeOptions, quantize_artifact
+        from rwkv_edge.calibration.schemes import SchemeOptions
+    except ImportError as error:
+        raise MissingDependencyError((error.name or "onnx").partition(".")[0], "quantize", "quantizing") from error
+    scheme = SchemeOptions("w8", target="cpu" if plan.device == "cpu" else "any")
+    quantize_artifact(artifact, target, QuantizeOptions(scheme))
+
+
+def _form(plan: Strategy) -> str:
+    return f"{plan.precision}i8" if plan.int8 else plan.precision
+
+
+def _name(checkpoint: Path, plan: Strategy) -> str:
+    form = (_form(plan), plan.device if plan.int8 else "any")
+    identity = (os.path.realpath(checkpoint), form, FORMAT_VERSION, version("rwkv-edge"))
     readable = "".join(c if c.isalnum() or c in "._-" else "_" for c in checkpoint.stem)[:80]
-    return f"{readable}-{precision}-{_digest(identity)}"
+    return f"{readable}-{_form(plan)}-{_digest(identity)}"
 
 
 def _stamp(checkpoint: Path) -> str:

@@ -20,11 +20,13 @@ class Strategy:
         device: 'cpu' or 'cuda'.
         number: of the GPU.
         precision: 'fp32', 'fp16' or 'bf16'.
+        int8: the weights are stored in 8 bits.
     """
 
     device: str
     number: int
     precision: str
+    int8: bool = False
 
     @property
     def providers(self) -> list[str] | None:
@@ -38,7 +40,7 @@ def strategy_from_text(text: str) -> Strategy:
     """The strategy that ``text`` names.
 
     Raises:
-        InputError: no strategy, one that splits layers over devices, or one of weights in few bits.
+        InputError: no strategy, one that splits layers over devices, or one of weights in fewer than 8 bits.
     """
     if "->" in text or "*" in text:
         raise InputError(
@@ -50,12 +52,12 @@ def strategy_from_text(text: str) -> Strategy:
         raise InputError(f"a strategy is a device and a precision, such as {_EXAMPLES}, not '{text}'")
     if found["device"] not in ("cpu", "cuda"):
         raise InputError(f"strategy '{text}': the device must be cpu or cuda, not {found['device']}")
-    if found["bits"]:
+    if found["bits"] not in (None, "i8") or (found["bits"] and found["precision"] == "bf16"):
         raise InputError(
-            f"strategy '{text}' asks for weights of {found['bits'][1:]} bits, which are not exported on the fly; "
-            f"use '{found['device']} {found['precision']}', or pass the folder of a quantized artifact as the model"
+            f"strategy '{text}': fp32i8 and fp16i8 store weights in 8 bits; for others run 'rwkv-edge quantize' and "
+            "pass the folder that it wrote as the model"
         )
-    return Strategy(found["device"], int(found["number"] or 0), found["precision"])
+    return Strategy(found["device"], int(found["number"] or 0), found["precision"], found["bits"] == "i8")
 
 
 def check_device(strategy: Strategy) -> None:

@@ -163,7 +163,8 @@ def test_without_torch_arrays_answer_like_tensors(model: RWKV, folder: Path) -> 
     [
         ("cuda fp16 *20 -> cpu fp32", "splits the layers, but an exported model runs on one device as a whole"),
         ("cuda fp16i8 *10+", "splits the layers"),
-        ("cuda fp16i8", "asks for weights of 8 bits.*use 'cuda fp16'"),
+        ("cuda fp16i4", "fp32i8 and fp16i8 store weights in 8 bits; for others run 'rwkv-edge quantize'"),
+        ("cuda bf16i8", "fp32i8 and fp16i8 store weights"),
         ("dml fp16", "the device must be cpu or cuda, not dml"),
         ("cpu", "a strategy is a device and a precision, such as 'cpu fp32' or 'cuda fp16', not 'cpu'"),
         ("cpu:1 fp32", "a strategy is"),
@@ -189,6 +190,17 @@ def test_a_gpu_that_is_not_there_is_said_before_the_export(folder: Path, cache: 
     with pytest.raises(SessionError, match="'cuda bf16' needs ONNX Runtime's CUDAExecutionProvider, but here are only"):
         RWKV(str(folder / "model"), "cuda bf16")
     assert not list(cache.glob("model-bf16-*"))
+
+
+@pytest.mark.parametrize("strategy", ["cpu fp32i8", "cpu fp16i8"])
+def test_weights_in_8_bits(strategy: str, model: RWKV, folder: Path, cache: Path) -> None:
+    small = RWKV(str(folder / "model"), strategy, verbose=False, threads=1)
+    expected = logits(model, list(range(20)))
+    error = np.abs(logits(small, list(range(20))) - expected).max() / np.abs(expected).max()
+    assert 1e-4 < error < 0.1
+    (entry,) = cache.glob(f"model-{strategy[4:]}-*")
+    assert [child.name for child in entry.iterdir() if child.is_dir()] == [Path(small.session._artifact.path).name]
+    assert '"w8"' in next(entry.glob("*/manifest.json")).read_text()
 
 
 @pytest.mark.gpu
@@ -320,7 +332,7 @@ def test_what_exports_is_missing(folder: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "rwkv_edge.exporters.onnx", None)
     path = shutil.copy(folder / "model.pth", tmp_path / "new.pth")
     with pytest.raises(MissingDependencyError, match="rwkv-edge\\[export\\]"):
-        stored_artifact(Path(path), "fp32", lambda _: None)
+        stored_artifact(Path(path), strategy_from_text("cpu fp32"), lambda _: None)
 
 
 # The pipeline
