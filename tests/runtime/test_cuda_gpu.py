@@ -11,6 +11,7 @@ import pytest
 from makers import MAKERS
 
 from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.evaluation.demo import DEMO_CHECKPOINT
 from rwkv_edge.evaluation.synthetic import OFFICIAL_7, random_v7, save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
 from rwkv_edge.runtime.onnxruntime import OrtSession
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 
+DEMO_TEXT = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun.\n"
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(0, 256, 64)]
 
 
@@ -83,12 +85,28 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_whole_model_is_that_of_the_cpu(whole: Path) -> None:
-    """64 tokens: fp32 within 1e-4 of the CPU, with TF32 off, and fp16 within 1e-2 of fp32."""
+    """64 tokens: fp32 within 1e-4 of the CPU, with TF32 off.
+
+    fp16 within 5e-2 of fp32: 16-bit activations carry 11 bits, and random layers pass their noise on undamped; eager
+    torch in fp16 is 1e-2 off too. `test_trained_model_in_fp16` has the bound that counts.
+    """
     expected = stepped(opened(whole / "fp32", "cpu"), TOKENS)
     errors = {name: relative(stepped(opened(whole / name), TOKENS), expected) for name in ("fp32", "fp16")}
     print(f"\nrelative difference from the CPU in fp32 over {len(TOKENS)} tokens: {errors}")
     assert errors["fp32"] <= 1e-4
-    assert errors["fp16"] <= 1e-2
+    assert errors["fp16"] <= 5e-2
+
+
+def test_trained_model_in_fp16(tmp_path: Path) -> None:
+    """64 tokens of the demo model's kind of text: fp16 within 1e-2 of the CPU in fp32."""
+    for precision in ("fp32", "fp16"):
+        exported(DEMO_CHECKPOINT, tmp_path / precision, precision=precision, tokenizer="bytes", chunks=())
+    tokens = list(DEMO_TEXT.encode())[:64]
+    assert len(tokens) == 64
+    expected = stepped(opened(tmp_path / "fp32", "cpu"), tokens)
+    error = relative(stepped(opened(tmp_path / "fp16"), tokens), expected)
+    print(f"\nrelative difference of fp16 from the CPU in fp32, trained model: {error:.2g}")
+    assert error <= 1e-2
 
 
 def test_memory_holds_the_weights_once(whole: Path) -> None:
