@@ -8,7 +8,7 @@ feed-forward output are not near zero, and activations stay of order one over lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -150,6 +150,17 @@ def random_v7(
     weights |= draw.norm("ln_out", d)
     weights["head.weight"] = draw.matrix(shape.vocab_size, d)
     return weights
+
+
+def tiled_v7(shape: Shape7, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """As `random_v7`, but every block from the third on is the second one, in the same memory.
+
+    For benchmarks of large shapes: two blocks are drawn in place of all, `save_pth` writes them once, and an export has
+    every block at a place of its own. What a step reads, and how the magnitudes lie, is as with blocks of their own.
+    """
+    drawn = random_v7(replace(shape, n_layer=min(shape.n_layer, 2)), seed, dtype)
+    second = {name.removeprefix("blocks.1."): t for name, t in drawn.items() if name.startswith("blocks.1.")}
+    return drawn | {f"blocks.{i}.{name}": t for i in range(2, shape.n_layer) for name, t in second.items()}
 
 
 def save_pth(weights: Mapping[str, torch.Tensor], path: Path) -> Path:
