@@ -22,8 +22,7 @@ class RemoteSequence:
 
     def __init__(self, client: triton.InferenceServerClient, model: str) -> None:
         self._client, self._model = client, model
-        batched = client.get_model_config(model).config.max_batch_size > 0
-        self._shape = [1, 1] if batched else [1]
+        self._shape = [1, 1] if client.get_model_config(model).config.max_batch_size else [1]
         self._id, self._started = random.randrange(1, 1 << 63), False
         self._answers: queue.Queue = queue.Queue()
         client.start_stream(lambda result, error: self._answers.put((result, error)))
@@ -33,8 +32,8 @@ class RemoteSequence:
         tokens = triton.InferInput("token", self._shape, "INT64")
         tokens.set_data_from_numpy(np.full(self._shape, token, np.int64))
         flags = {"sequence_id": self._id, "sequence_start": not self._started, "sequence_end": end}
-        self._client.async_stream_infer(self._model, [tokens], **flags)
         self._started = True
+        self._client.async_stream_infer(self._model, [tokens], **flags)
         result, error = self._answers.get()
         if error is not None:
             raise error
