@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from makers import MAKERS
 from tiny import SHAPE, STEP_ONLY, content, refusal, write_artifact, write_checkpoint
 
-from rwkv_edge.artifact import Artifact
+from rwkv_edge.artifact import Artifact, file_entry, write_manifest
 from rwkv_edge.cli import run
+from rwkv_edge.engines import EngineEntry
 from rwkv_edge.errors import InputError
 from rwkv_edge.evaluation.synthetic import save_pth
 from rwkv_edge.exporters.triton import TritonOptions, write_repository
@@ -25,7 +27,9 @@ from rwkv_edge.runtime.initial import initial_arrays
 from rwkv_edge.runtime.session import open_session
 
 pytest.importorskip("tritonclient.grpc", reason="the package tritonclient[grpc] is not installed")
+from google.protobuf import text_format
 from triton_double import Refusal, Request, TritonModel
+from tritonclient.grpc import model_config_pb2
 
 
 def exported(folder: Path, *options: str) -> Path:
@@ -230,3 +234,44 @@ def test_bfloat16_keeps_its_type(tmp_path: Path) -> None:
     assert 'name: "bf16"' in text
     assert text.count("TYPE_BF16") == 2 * 4  # two shifts a layer, and their initial states
     assert "KIND_GPU" in text
+
+
+# Engines
+
+
+def with_engine(artifact: Path, **changes: Any) -> Path:
+    """The artifact with a file in place of an engine: who copies it does not run it."""
+    opened = Artifact.open(artifact)
+    (artifact / "step.engine").write_bytes(b"an engine")
+    entry = EngineEntry(
+        file="step.engine", graph="step.onnx", kind="step", tokens=1, batch=4, backend="tensorrt", version="10.13.3.9",
+        targets=("sm86",), wkv="inline", model_hash=opened.manifest.model_hash, seconds=1.0,
+    )  # fmt: skip
+    files = {**opened.manifest.files, "step.engine": file_entry(artifact / "step.engine")}
+    write_manifest(artifact, replace(opened.manifest, engines=(replace(entry, **changes),), files=files))
+    return artifact
+
+
+def test_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = with_engine(exported(tmp_path))
+    common = ("triton", artifact, "-o", tmp_path / "models", "--backend", "tensorrt")
+    assert "step.engine takes 4 streams, not 8; give --max-batch 4" in refusal(capsys, *common)
+    assert run([*map(str, common), "--max-batch", "4"]) == 0
+    folder = tmp_path / "models" / "artifact"
+    assert (folder / "1" / "model.plan").read_bytes() == b"an engine"
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    assert (config.backend, config.default_model_filename, config.max_batch_size) == ("tensorrt", "model.plan", 4)
+    assert sorted(path.name for path in (folder / "1").iterdir()) == ["model.plan"]
+
+
+def test_engines_that_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = exported(tmp_path)
+    common = ("triton", artifact, "-o", tmp_path / "models", "--backend", "tensorrt")
+    with_engine(artifact, wkv="plugin")
+    assert "needs a plugin that Triton does not load; build it with --wkv inline" in refusal(capsys, *common)
+    with_engine(artifact, backend="tensorrt-rtx")
+    assert "holds no engine of a step for TensorRT" in refusal(capsys, *common)
+    with_engine(artifact, batch=8)
+    (artifact / "step.engine").write_bytes(b"cut")
+    assert "is not the file that was built" in refusal(capsys, *common)
+    assert not (tmp_path / "models").exists()
