@@ -29,6 +29,7 @@ def verify_artifact(
     threads: int = 0,
     lora: Path | None = None,
     lora_alpha: float | None = None,
+    backend: str = "auto",
 ) -> ParityReport:
     """Compare an artifact with the checkpoint that it came from.
 
@@ -42,13 +43,14 @@ def verify_artifact(
         threads: of ONNX Runtime.
         lora: the adapter that was merged at export.
         lora_alpha: its alpha.
+        backend: that runs the artifact.
 
     Raises:
         RwkvEdgeError: either side cannot be opened, or they are different models.
     """
     artifact = Artifact.open(artifact_path)
     reference = TorchModel(model_from_checkpoint(open_merged(checkpoint_path, lora, lora_alpha)))
-    session = open_session(artifact_path, providers=providers, threads=threads)
+    session = open_session(artifact_path, backend, providers=providers, threads=threads)
     try:
         spec = artifact.manifest.spec
         if artifact.manifest.tokenizer is None:

@@ -1,0 +1,329 @@
+"""The whole of `rwkv-edge bench`: parity first, then the measurements, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_edge.artifact import Artifact
+from rwkv_edge.errors import InputError, MissingDependencyError, VerificationError
+from rwkv_edge.evaluation.bench_bandwidth import copy_bandwidth
+from rwkv_edge.evaluation.bench_machine import Machine
+from rwkv_edge.evaluation.bench_parity import Check, Parity, near_logits, self_consistency, tolerance_of
+from rwkv_edge.evaluation.bench_report import BenchReport, Measured, Turn
+from rwkv_edge.evaluation.bench_worker import Contender, Worker
+from rwkv_edge.evaluation.roofline import read_bandwidth
+from rwkv_edge.runtime.atomic import check_writable, reason_of, write_whole
+from rwkv_edge.runtime.session import checked_batch, open_session
+
+PACKAGE = "rwkv"
+"""What `--compare` is called for the `rwkv` package."""
+
+REST = 0.1  # seconds before a measurement: ONNX Runtime's threads spin for 40 ms after a run (measured)
+INDEX = "weights.json"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What a benchmark may choose.
+
+    Attributes:
+        tokens: steps of a turn.
+        batch: streams; None for the artifact's, 1 where it is dynamic.
+        prompt: tokens of a prompt.
+        runs: turns.
+        checkpoint: to compare the artifact with; None to hold it against itself.
+        compare: another artifact, or 'rwkv' for the package on ``checkpoint``.
+        tolerance: of parity; None by precision.
+        backend: of the sessions.
+        providers: execution providers of ONNX Runtime.
+        threads: compute threads.
+        prepack: see `rwkv_edge.runtime.session.open_session`.
+    """
+
+    tokens: int = 64
+    batch: int | None = None
+    prompt: int = 256
+    runs: int = 5
+    checkpoint: Path | None = None
+    compare: str | None = None
+    tolerance: float | None = None
+    backend: str = "auto"
+    providers: Sequence[str] = ()
+    threads: int = 0
+    prepack: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "prompt", "runs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.compare == PACKAGE and self.checkpoint is None:
+            raise InputError("the rwkv package runs the checkpoint, so it must be given; add --checkpoint FILE")
+
+
+Start = Callable[[str, int], Callable[[int], None]]
+
+
+def bench(artifact: Path, options: BenchOptions, start: Start | None = None) -> BenchReport:
+    """Measure an artifact, and another contender in turns with it.
+
+    Args:
+        artifact: the folder.
+        options: how.
+        start: told of phases and their lengths.
+
+    Raises:
+        VerificationError: a contender is not right, so its speed means nothing.
+        RwkvEdgeError: an artifact, a checkpoint or a package cannot be used.
+    """
+    start = start or (lambda label, length: lambda done: None)
+    contenders = [(artifact, options.checkpoint)]
+    if options.compare == PACKAGE:
+        _check_package()
+    elif options.compare is not None:
+        contenders.append((Path(options.compare), None))
+    opened = [Artifact.open(path) for path, _ in contenders]
+    batch = _batch(opened[0], options)
+    for other in opened[1:]:
+        checked_batch(batch, other.manifest.spec)
+    if options.compare == PACKAGE and batch != 1:
+        raise InputError(f"the rwkv package runs one stream, not {batch}; leave --batch out")
+    step = start("parity", len(contenders))
+    parities = []
+    for one, (_, checkpoint) in zip(opened, contenders, strict=True):
+        parities.append(_parity(one, checkpoint, options, batch))
+        step(1)
+    vocabulary = min(one.manifest.spec.vocab_size for one in opened)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, options.prompt))
+    return _measure(opened, parities, options, tokens, start)
+
+
+def _check_package() -> None:
+    for name in (PACKAGE, "torch"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(name, "dev", "a comparison with the rwkv package")
+
+
+def _batch(artifact: Artifact, options: BenchOptions) -> int:
+    spec = artifact.manifest.spec
+    return spec.batch or 1 if options.batch is None else checked_batch(options.batch, spec)
+
+
+def _parity(artifact: Artifact, checkpoint: Path | None, options: BenchOptions, batch: int) -> Parity:
+    """Green, or an error. A checkpoint is compared in single steps, so chunks are held against steps in any case."""
+    tolerance = tolerance_of(artifact) if options.tolerance is None else options.tolerance
+    session = open_session(
+        artifact.path, options.backend, list(options.providers), options.threads, prepack=options.prepack
+    )
+    try:
+        found = self_consistency(artifact, session, options.prompt, batch, tolerance)
+    finally:
+        session.close()
+    if checkpoint is not None and found.passed:
+        found = _against_checkpoint(artifact, checkpoint, options, found)
+    return _green(found, str(artifact.path))
+
+
+def _against_checkpoint(artifact: Artifact, checkpoint: Path, options: BenchOptions, own: Parity) -> Parity:
+    """The checks of both kinds."""
+    tolerance = own.tolerance
+    try:
+        from rwkv_edge.evaluation.verify import verify_artifact
+    except ImportError as error:
+        raise MissingDependencyError("torch", "export", "parity with a checkpoint") from error
+    report = verify_artifact(
+        artifact.path,
+        checkpoint,
+        tolerance=tolerance,
+        providers=list(options.providers),
+        threads=options.threads,
+        backend=options.backend,
+    )
+    checks = (
+        Check("the logits are those of the checkpoint", report.relative, bool(report.relative <= tolerance)),
+        Check(
+            f"the state is that of the checkpoint ({report.worst_state})",
+            report.worst_state_relative,
+            bool(report.worst_state_relative <= tolerance),
+        ),
+    )
+    return Parity("checkpoint and self-consistency", report.tokens, tolerance, (*checks, *own.checks))
+
+
+def _green(parity: Parity, name: str) -> Parity:
+    if not parity.passed:
+        raise VerificationError(
+            f"{name} is not right, so its speed means nothing: the check by {parity.method} that '{parity.reason}' "
+            f"failed, with a tolerance of {parity.tolerance:g}; export it again"
+        )
+    return parity
+
+
+def _measure(
+    artifacts: Sequence[Artifact], parities: Sequence[Parity], options: BenchOptions, tokens: np.ndarray, start: Start
+) -> BenchReport:
+    gpu = gpu_of(options)
+    machine = Machine(gpu)
+    with contextlib.ExitStack() as stack:
+        stack.callback(machine.close)
+        workers: list[Worker] = []
+        found: list[Measured] = []
+        for artifact, parity in zip(artifacts, parities, strict=True):
+            workers.append(_started(stack, _contender(artifact, options)))
+            found.append(_loaded(workers[-1], artifact, parity, tokens, machine)[0])
+        if options.compare == PACKAGE:
+            workers.append(_started(stack, _package(artifacts[0], options)))
+            found.append(_loaded_package(workers, artifacts[0], options, tokens, machine))
+        clocks = {"before": machine.clocks()}
+        step = start("turns", options.runs)
+        for _ in range(options.runs):
+            for worker, measured in zip(workers, found, strict=True):
+                measured.turns.append(_turn(worker, options, tokens, machine, gpu))
+            step(1)
+        clocks["after"] = machine.clocks()
+        for worker, measured in zip(workers, found, strict=True):
+            measured.peak_host_bytes = worker.peak_bytes()
+        return BenchReport(
+            contenders=tuple(found),
+            prompt=tokens.shape[1],
+            tokens=options.tokens,
+            batch=len(tokens),
+            machine=machine.facts(),
+            clocks=clocks,
+            energy_source=machine.meter.source if machine.meter else None,
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+
+
+def gpu_of(options: BenchOptions) -> int | None:
+    """The number of the GPU that computes; None where the CPU does."""
+    if options.backend not in ("auto", "onnxruntime"):
+        return 0
+    from rwkv_edge.runtime.ort_providers import NVIDIA, checked_providers
+
+    provider = checked_providers(list(options.providers))[0]
+    return provider.device_id if provider.name in NVIDIA else None
+
+
+def _contender(artifact: Artifact, options: BenchOptions) -> Contender:
+    return Contender(
+        "artifact",
+        artifact.path,
+        backend=options.backend,
+        providers=tuple(options.providers),
+        threads=options.threads,
+        prepack=options.prepack,
+    )
+
+
+def _package(artifact: Artifact, options: BenchOptions) -> Contender:
+    assert options.checkpoint
+    strategy = "cpu fp32" if gpu_of(options) is None else f"cuda {artifact.manifest.spec.precision}"
+    version = artifact.manifest.spec.version
+    return Contender(PACKAGE, options.checkpoint, version, strategy, threads=options.threads)
+
+
+def _started(stack: contextlib.ExitStack, contender: Contender) -> Worker:
+    worker = Worker(contender)
+    stack.callback(worker.close)
+    return worker
+
+
+def _loaded(
+    worker: Worker, artifact: Artifact, parity: Parity, tokens: np.ndarray, machine: Machine
+) -> tuple[Measured, np.ndarray]:
+    """What opening and the first prompt took, and the logits after that."""
+    before = machine.nvml.used_bytes() if machine.nvml else None
+    with machine.device_memory() as peak:
+        opened = worker.load()
+        first = worker.prefill(tokens)
+        worker.decode(1)
+    spec, manifest = artifact.manifest.spec, artifact.manifest
+    quantization = manifest.quantization
+    package = worker.contender.kind == PACKAGE
+    own = " ".join([spec.precision, *([str(quantization["scheme"])] if quantization else [])])
+    measured = Measured(
+        name=PACKAGE if package else artifact.path.resolve().name,
+        runs_on=opened["name"],
+        kind=worker.contender.kind,
+        precision=worker.contender.strategy.split()[-1] if package else own,
+        model_hash=None if package else manifest.model_hash,
+        parity=parity,
+        load=opened["seconds"],
+        first_prefill=first["seconds"],
+        host_bytes_before=opened["host_bytes_before"],
+        peak_device_bytes=peak[0] - before if peak and before is not None else None,
+        bytes_per_step=None if package else bytes_per_step(artifact, len(tokens)),
+    )
+    return measured, first["logits"]
+
+
+def _loaded_package(
+    workers: Sequence[Worker], artifact: Artifact, options: BenchOptions, tokens: np.ndarray, machine: Machine
+) -> Measured:
+    """The package, if it gives the logits that the artifact gives."""
+    tolerance = tolerance_of(artifact) if options.tolerance is None else options.tolerance
+    none = Parity("artifact", tokens.shape[1], tolerance, ())
+    measured, logits = _loaded(workers[-1], artifact, none, tokens, machine)
+    expected = workers[0].prefill(tokens)["logits"]
+    measured.parity = _green(near_logits(logits, expected, tolerance, tokens.shape[1]), "the rwkv package")
+    return measured
+
+
+def _turn(worker: Worker, options: BenchOptions, tokens: np.ndarray, machine: Machine, gpu: int | None) -> Turn:
+    bandwidth = read_bandwidth(options.threads or None, 1) if gpu is None else copy_bandwidth(gpu)
+    time.sleep(REST)
+    prefill = worker.prefill(tokens)["seconds"]
+    if machine.meter:
+        machine.meter.start()
+    latencies = worker.decode(options.tokens)
+    joules = machine.meter.stop() if machine.meter else None
+    return Turn(prefill, latencies, bandwidth, joules)
+
+
+def check_json(path: Path) -> None:
+    """Whether the figures can be written there, before they are measured.
+
+    Raises:
+        InputError: they cannot.
+    """
+    reason = check_writable(path)
+    if reason:
+        raise InputError(f"{path} cannot be written: {reason}")
+
+
+def write_json(figures: dict[str, Any], path: Path) -> None:
+    """Write figures as indented JSON, whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        write_whole(path, (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {reason_of(error)}") from error
+
+
+def bytes_per_step(artifact: Artifact, batch: int) -> int | None:
+    """Bytes that a step must move: all weights but the tables, of which it takes a row for each stream, and the states.
+
+    None for an artifact without its index of weights.
+    """
+    try:
+        entries = json.loads((artifact.path / INDEX).read_bytes())
+        sizes = {str(entry["name"]): int(entry["nbytes"]) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    spec = artifact.manifest.spec
+    tables = sum(nbytes for name, nbytes in sizes.items() if "emb" in name)  # emb, and s_emb of RWKV-7a
+    rows = tables // spec.vocab_size
+    return sum(sizes.values()) - tables + batch * (rows + 2 * spec.state_nbytes)
