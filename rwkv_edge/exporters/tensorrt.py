@@ -12,15 +12,14 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 
 from rwkv_edge.artifact import MANIFEST, WEIGHTS, Artifact, FileEntry, GraphEntry, Manifest, write_manifest
 from rwkv_edge.engines import EngineEntry
-from rwkv_edge.errors import ArtifactError, ExportError, InputError
+from rwkv_edge.errors import ArtifactError, InputError
 from rwkv_edge.exporters.folder import disk_errors, is_running
 from rwkv_edge.exporters.trt_adapter import EngineSettings, LoadedBackend, build_engine, load_backend
 from rwkv_edge.exporters.trt_targets import check_precision, chosen_targets, chosen_wkv, device_capability
@@ -134,7 +133,7 @@ def build_engines(path: str | Path, options: BuildOptions | None = None, progres
     with _scratch(artifact.path, manifest.files[WEIGHTS].nbytes * len(graphs)) as scratch:
         artifact.check_content(WEIGHTS, *(graph.file for graph in graphs))
         if plan.wkv == "plugin":
-            _register_plugins(plan.loaded)
+            _register_plugins(plan.loaded, plan.targets)
         files: dict[str, FileEntry] = {}
         engines = []
         for graph in graphs:
@@ -159,8 +158,8 @@ def _check_quantization(artifact: Artifact) -> None:
         )
     if facts.get("embedding") == "int8":
         raise InputError(
-            f"{artifact.path} has an int8 embedding, whose rows TensorRT cannot gather; quantize the float artifact with "
-            "--embedding float"
+            f"{artifact.path} has an int8 embedding, whose rows TensorRT cannot gather; quantize the float artifact "
+            "with --embedding float"
         )
 
 
@@ -293,17 +292,15 @@ def _put_manifest(folder: Path, scratch: Path, manifest: Manifest) -> None:
     (scratch / MANIFEST).replace(folder / MANIFEST)
 
 
-def _register_plugins(loaded: LoadedBackend) -> None:
-    """Register the kernels of `rwkv_edge.plugins` with TensorRT.
+def _register_plugins(loaded: LoadedBackend, targets: Sequence[str]) -> None:
+    """Register the kernels of `rwkv_edge.plugins` with TensorRT, for the one GPU that it builds for.
 
     Raises:
-        ExportError: this installation has none.
+        ExportError: it has no plugins that are compiled ahead of time.
     """
-    try:
-        register = import_module("rwkv_edge.plugins.tensorrt").register_plugins
-    except (ImportError, AttributeError) as error:
-        raise ExportError(f"the CUDA kernels cannot be loaded ({error}); build with --wkv function") from error
-    register(loaded.trt)
+    from rwkv_edge.plugins.tensorrt import register_plugins
+
+    register_plugins(loaded.trt, int(targets[0].removeprefix("sm")))
 
 
 def _read_cache(path: Path | None) -> bytes | None:
