@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, printable, session_options, step_progress
+from rwkv_edge.cli.common import PATH, printable, session_options
+from rwkv_edge.cli.progress import count_progress
 from rwkv_edge.runtime.session import BACKENDS
 
 
@@ -49,7 +50,7 @@ def command(
         check_json(to_file)
     if plot:
         check_plot(plot)
-    with step_progress() as start:
+    with count_progress() as start:
         report = bench(artifact, choices, start)
     figures = report.to_json()
     if plot:

@@ -144,36 +144,6 @@ def byte_progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]
         yield start
 
 
-@contextlib.contextmanager
-def step_progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Progress bars with the time left on stderr, one for every phase, drawn on a terminal only.
-
-    Yields a function from a phase's label and length to what is told of steps done; it ends the phase before.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def start(label: str, length: int) -> Callable[[int], None]:
-            stack.close()
-            hidden = sys.stderr is None or not sys.stderr.isatty()
-            bar = stack.enter_context(
-                click.progressbar(
-                    length=length,
-                    label=label,
-                    file=sys.stderr,
-                    update_min_steps=max(1, length // 200),
-                    show_pos=True,
-                    hidden=hidden,
-                )
-            )
-
-            def update(steps: int) -> None:
-                bar.update(steps)
-
-            return update
-
-        yield start
-
-
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, or of stdin for '-'.
 

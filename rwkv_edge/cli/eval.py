@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, printable, read_text, session_options, step_progress
+from rwkv_edge.cli.common import PATH, json_option, print_json, printable, read_text, session_options
+from rwkv_edge.cli.progress import count_progress
+
+if TYPE_CHECKING:
+    from rwkv_edge.artifact import Artifact
+
+CALIBRATION = "calibration.json"  # in a quantized artifact, a copy of what it was calibrated with
+FLATTERS = 0.01  # share of a text that may be common with the calibration's by chance: quotations, headers
 
 
 @click.command("eval")
@@ -63,9 +71,24 @@ def command(
         providers=list(providers),
         **options,  # type: ignore[arg-type]  # click's, by the names of the fields
     )
-    with step_progress() as start:
-        report = evaluate(artifact, choices, start)
+    with count_progress() as start:
+        report = evaluate(artifact, choices, start, calibrated_on)
     if as_json:
         print_json(report.to_json())
     else:
         click.echo("\n".join(map(printable, report.to_text().splitlines())))
+
+
+def calibrated_on(artifact: Artifact, text: bytes) -> list[str]:
+    """A sentence where an artifact was calibrated on what it shall be measured on."""
+    from rwkv_edge.calibration.record import load_calibration
+
+    if CALIBRATION not in artifact.manifest.files:
+        return []
+    share = load_calibration(artifact.path / CALIBRATION).fingerprint.share_of(text)
+    if share <= FLATTERS:
+        return []
+    return [
+        f"{100 * share:.0f} % of the text is in what {artifact.path.name} was calibrated on, which flatters it; "
+        "measure on another text"
+    ]

@@ -83,12 +83,13 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Subject:
-    """An artifact as it was evaluated."""
+    """An artifact as it was evaluated; ``quantization`` is its scheme, None for a float one."""
 
     name: str
     model_hash: str
     version: str
     precision: str
+    quantization: str | None
     weight_bytes: int
     backend: str
 
@@ -178,7 +179,8 @@ class EvalReport:
 
 
 def _subject_line(subject: Subject) -> str:
-    return f"{subject.name}: RWKV-{subject.version}, {subject.precision}, {subject.backend}"
+    scheme = f" {subject.quantization}" if subject.quantization else ""
+    return f"{subject.name}: RWKV-{subject.version}, {subject.precision}{scheme}, {subject.backend}"
 
 
 class _Evaluation:
@@ -204,7 +206,7 @@ class _Evaluation:
         except BaseException:
             self.close()
             raise
-        opened = [self._artifact, *([other] if other else [])]
+        opened = self._opened = [self._artifact, *([other] if other else [])]
         for session in self.sessions:
             if isinstance(session, OrtSession):
                 session.keep_chunks()
@@ -241,7 +243,8 @@ class _Evaluation:
             "predicted_bytes": nbytes,
         }
         found["protocol"] = self._protocol(len(windows), choice.rows)
-        found["warnings"] = tuple(overlap(self._artifact, options.text.encode("utf-8"))) if overlap else ()
+        text = options.text.encode("utf-8")
+        found["warnings"] = tuple(line for one in self._opened for line in overlap(one, text)) if overlap else ()
         return found
 
     def _protocol(self, windows: int, rows: int) -> Protocol:
@@ -362,6 +365,7 @@ def _subject(artifact: Artifact, session: Session[Any]) -> Subject:
         model_hash=manifest.model_hash,
         version=manifest.spec.version,
         precision=manifest.spec.precision,
+        quantization=str(manifest.quantization["scheme"]) if manifest.quantization else None,
         weight_bytes=weights.nbytes if weights else 0,
         backend=session.numerics,
     )

@@ -288,6 +288,27 @@ def test_overlap_with_the_calibration_is_said(folder: Path) -> None:
     assert report.to_text().endswith(f"\nWarning: one saw {len(TEXT)} bytes")
 
 
+def test_an_artifact_calibrated_on_the_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx_graphsurgeon", reason="onnx-graphsurgeon is not installed")
+    words = np.random.default_rng(0).integers(ord("a"), ord("z"), (2, 6000), dtype=np.uint8)
+    for name, part in zip(("seen", "unseen"), words, strict=True):
+        (tmp_path / name).write_bytes(part.tobytes())
+    one, calibration = str(folder / "one"), str(tmp_path / "calibration.json")
+    assert run(["calibrate", one, "--text", str(tmp_path / "seen"), "-o", calibration, "--length", "64"]) == 0
+    made = tmp_path / "quantized"
+    assert run(["quantize", one, "--calibration", calibration, "--scheme", "w8a8", "-o", str(made)]) == 0
+    capsys.readouterr()
+    for name, said in (("seen", True), ("unseen", False)):
+        command = ["eval", str(made), "--text", str(tmp_path / name), "--max-tokens", "100", "--compare", one, "--json"]
+        assert run(command) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["artifact"]["quantization"] == "w8a8"
+        assert data["reference"]["quantization"] is None
+        assert bool(data["warnings"]) == said
+    assert run(["eval", str(made), "--text", str(tmp_path / "seen"), "--max-tokens", "100"]) == 0
+    assert "Warning: 100 % of the text is in what quantized was calibrated on" in capsys.readouterr().out
+
+
 def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "book").write_text(TEXT)
     (tmp_path / "a").write_text("a")
