@@ -73,3 +73,7 @@ def test_commands_that_need_more_say_what_to_install(bare_python: Path, tmp_path
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "generate" in done.stdout
+    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "yes onnxruntime, CPU" in done.stdout
+    assert "pip install 'rwkv-edge[export]'" in done.stdout

@@ -31,6 +31,7 @@ COMMANDS = {
     "cache": "Look into a cache of prompts, or empty it.",
     "soak": "Run an artifact for a million tokens and watch it.",
     "triton": "Write a model repository of the Triton Inference Server.",
+    "doctor": "Tell what can be built and run here, what is missing, and what installs it.",
     "demo": "Export, verify and run the small model that ships with the package.",
 }
 """Name → first line of its help, so that listing them imports none."""
