@@ -117,7 +117,7 @@ def diagnose() -> Diagnosis:
         runs=(
             onnxruntime_ability(found["onnxruntime"], CPU, providers, gpus),
             onnxruntime_ability(found["onnxruntime"], CUDA, providers, gpus),
-            *(engine_ability(backend, found[backend.name], gpus) for backend in ENGINE_BACKENDS.values()),
+            *(engine_ability(backend, found, gpus) for backend in ENGINE_BACKENDS.values()),
             cuda_ability(found, gpus),
         ),
         builds=tuple(build_ability(backend, found[backend.name], gpus) for backend in ENGINE_BACKENDS.values()),
@@ -162,15 +162,23 @@ def provider_problem(ort: Any, provider: str) -> str | None:
     return f"{provider} does not load: its CUDA or cuDNN libraries are missing or of another version"
 
 
-def engine_ability(backend: Backend, package: Package, gpus: Gpus) -> Ability:
-    """Whether engines run: only as far as this release has sessions over them."""
-    if package.module is None:
-        return Ability(backend.name, False, unusable(package))
+def engine_ability(backend: Backend, found: Mapping[str, Package], gpus: Gpus) -> Ability:
+    """Whether engines run: with the GPU's driver by cuda-bindings, on a GPU that the backend knows."""
+    for package in (found[backend.name], found["cuda-bindings"]):
+        if package.module is None:
+            return Ability(backend.name, False, unusable(package))
     if not gpus.found:
         return Ability(backend.name, False, str(gpus.problem))
     if backend.name not in BACKENDS:
         return Ability(backend.name, False, "this release of rwkv-edge builds engines, but has no session over them")
-    return Ability(backend.name, True, f"engines built for {', '.join(targets_here(gpus)) or 'this GPU'}")
+    loaded, here = LoadedBackend(backend, found[backend.name].module), targets_here(gpus)
+    old = too_old(loaded)
+    if old:
+        return Ability(backend.name, False, old)
+    if here and loaded.targets is not None and not set(here) & set(loaded.targets):
+        words = f"{backend.words} is for {', '.join(loaded.targets)}, but this GPU is {', '.join(here)}"
+        return Ability(backend.name, False, words)
+    return Ability(backend.name, True, f"engines built for {', '.join(here) or 'this GPU'}")
 
 
 def cuda_ability(found: Mapping[str, Package], gpus: Gpus) -> Ability:
@@ -200,8 +208,9 @@ def build_ability(backend: Backend, package: Package, gpus: Gpus) -> Ability:
     loaded = LoadedBackend(backend, package.module)
     if loaded.targets is not None:
         return Ability(backend.name, True, ", ".join(loaded.targets), loaded.targets)
-    if backend.name == "tensorrt" and version_numbers(loaded.version) < OLDEST:
-        return Ability(backend.name, False, f"{loaded.version} is too old, engines need {dotted(OLDEST)} or later")
+    old = too_old(loaded)
+    if old:
+        return Ability(backend.name, False, old)
     if not gpus.found:
         return Ability(backend.name, False, f"it builds for the GPU of its machine, but {gpus.problem}")
     first = tuple(targets_here(gpus)[:1])
@@ -247,6 +256,13 @@ def newer_nvrtc(found: Mapping[str, Package], gpus: Gpus) -> str | None:
     same = gpus.cuda[0] == version_numbers(nvrtc.version)[0]
     advice = f"pip install 'nvidia-cuda-nvrtc=={here}.*'" if same else f"update the driver to CUDA {nvrtc.version}"
     return f"NVRTC {nvrtc.version} is newer than the driver's CUDA {here}, which refuses its code: {advice}"
+
+
+def too_old(loaded: LoadedBackend) -> str | None:
+    """The sentence for a TensorRT that knows too little, None where it will do."""
+    if loaded.backend.name != "tensorrt" or version_numbers(loaded.version) >= OLDEST:
+        return None
+    return f"{loaded.version} is too old, engines need {dotted(OLDEST)} or later"
 
 
 def unusable(package: Package) -> str:

@@ -215,3 +215,25 @@ def test_builders_say_their_targets() -> None:
         ability = doctor.build_ability(backends["tensorrt"], package, gpus)
         assert ability.works is works
         assert ability.targets == (("sm90",) if works else ())
+
+
+def test_engines_run_where_the_backend_knows_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT for RTX has no Hopper."""
+    monkeypatch.setattr(doctor, "BACKENDS", ("tensorrt", "tensorrt-rtx"))
+    capabilities = SimpleNamespace(__members__={"SM86": 3})
+    rtx = SimpleNamespace(__version__="1.7", ComputeCapability=capabilities)
+    found = NOTHING | {
+        "tensorrt-rtx": Package("tensorrt-rtx", "ok", "1.7", None, rtx),
+        "tensorrt": Package("tensorrt", "ok", "10.13.3", None, SimpleNamespace(__version__="10.13.3")),
+    }
+    backends = doctor.ENGINE_BACKENDS
+    without = doctor.engine_ability(backends["tensorrt"], found, WITH_GPU)
+    assert (without.works, without.detail) == (False, "cuda-bindings is not installed")
+    found["cuda-bindings"] = Package("cuda-bindings", "ok", "13.0", None, fake_driver())
+    assert doctor.engine_ability(backends["tensorrt"], found, WITH_GPU).works
+    hopper = doctor.engine_ability(backends["tensorrt-rtx"], found, WITH_GPU)
+    assert (hopper.works, hopper.detail) == (False, "TensorRT for RTX is for sm86, but this GPU is sm90")
+    ampere = Gpus((Gpu("NVIDIA RTX A2000", (8, 6), None),), "nvidia-smi", (13, 0))
+    assert doctor.engine_ability(backends["tensorrt-rtx"], found, ampere).works
+    monkeypatch.setattr(doctor, "BACKENDS", ("onnxruntime",))
+    assert "no session over them" in doctor.engine_ability(backends["tensorrt"], found, WITH_GPU).detail
