@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_edge.errors import InputError
+from rwkv_edge.runtime.candidates import candidate_step
 from rwkv_edge.runtime.sampling import Sampler
 from rwkv_edge.runtime.session import checked_tokens
 from rwkv_edge.spec import ModelSpec
@@ -28,10 +30,19 @@ Reason = Literal["length", "stop_token", "stop_text"]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One turn of the loop: the token drawn and the logits [V], float32, that it was drawn from."""
+    """One turn of the loop: the token drawn, and ``fetch`` for what it was drawn from."""
 
     token: int
-    logits: NDArray[np.float32]
+    fetch: Callable[[], NDArray[np.float32]]
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """The logits [V], float32; where the device keeps them, ask before the next step.
+
+        Raises:
+            SessionError: the device has overwritten them.
+        """
+        return self.fetch()
 
 
 def generate_step(
@@ -55,10 +66,24 @@ def _steps(
     session: Session[S], sampler: Sampler, state: S, prompt: NDArray[np.int64], read: NDArray[np.float32] | None
 ) -> Iterator[Step]:
     logits = session.prefill(prompt, state) if read is None else read[None]
+    few = candidate_step(session, sampler.config)
+    token = sampler.sample(logits[0])
+    yield Step(token, partial(_first, logits))
     while True:
-        token = sampler.sample(logits[0])
-        yield Step(token, logits[0])
-        logits = session.step(np.array([token], np.int64), state)
+        fed = np.array([token], np.int64)
+        if few is not None:
+            (found,) = few(fed, state)
+            token = sampler.sample_from(found)
+            yield Step(token, found.full)
+        else:
+            logits = session.step(fed, state)
+            token = sampler.sample(logits[0])
+            yield Step(token, partial(_first, logits))
+
+
+def _first(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    row: NDArray[np.float32] = logits[0]
+    return row
 
 
 def _checked_prompt(tokens: Sequence[int], spec: ModelSpec) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwkv_edge.errors import InputError, SessionError
+from rwkv_edge.runtime.candidates import Candidates, decides, kept_places, outside_of
 
 if TYPE_CHECKING:
     from rwkv_edge.tokenizers.base import Tokenizer
@@ -152,6 +153,20 @@ class Sampler:
         self.accept(token)
         return token
 
+    def sample_from(self, candidates: Candidates) -> int:
+        """What `sample` draws from all logits, told from the largest where they decide it; else all are fetched.
+
+        Raises:
+            InputError, SessionError: as `sample`.
+        """
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            usable = candidates.is_sound and decides(self.config, len(candidates.tokens))
+            token = self._decided(candidates) if usable else None
+        if token is None:
+            return self.sample(candidates.full())
+        self.accept(token)
+        return token
+
     def accept(self, token: int) -> None:
         """Count ``token`` as generated; `sample` does so itself, call this for tokens chosen elsewhere."""
         self._counts *= self.config.penalty_decay
@@ -167,28 +182,72 @@ class Sampler:
 
     def _adjusted(self, logits: Floats) -> Floats:
         """Logits [V] after bias and penalties, in the sampler's buffer."""
-        config = self.config
         if logits.ndim != 1 or not len(logits):
             raise InputError(f"logits must be one row [V], not of shape {list(logits.shape)}")
         if len(self._scores) != len(logits):
             self._scores, self._weights = np.empty((2, len(logits)), np.float32)
         scores = self._scores
         scores[:] = logits
+        self._adjust(scores, len(logits))
+        return scores
+
+    def _adjust(self, scores: Floats, vocab_size: int, among: Ids | None = None) -> int:
+        """Add bias and penalties to the scores of the tokens ``among``, ascending (None: of all).
+
+        Returns:
+            How many adjustments were for other tokens.
+        """
+        config, others = self.config, 0
         if len(self._bias_ids):
-            self._check_ids(self._bias_ids, len(logits), "logit_bias")
-            scores[self._bias_ids] += self._bias
+            self._check_ids(self._bias_ids, vocab_size, "logit_bias")
+            places, known = _places(self._bias_ids, among)
+            scores[places] += self._bias[known]
+            others += len(self._bias_ids) - len(places)
         if config.repetition_penalty != 1.0 and self._seen:
             if self._seen_ids is None:
                 self._seen_ids = np.fromiter(self._seen, np.int64)
-            self._check_ids(self._seen_ids, len(logits), "the history")
-            seen = scores[self._seen_ids]
+            self._check_ids(self._seen_ids, vocab_size, "the history")
+            places, _ = _places(self._seen_ids, among)
+            seen = scores[places]
             factor = np.float32(config.repetition_penalty)
-            scores[self._seen_ids] = np.where(seen > 0, seen / factor, seen * factor)
+            scores[places] = np.where(seen > 0, seen / factor, seen * factor)
+            others += len(self._seen_ids) - len(places)
         if (config.presence_penalty or config.frequency_penalty) and len(self._generated):
-            self._check_ids(self._generated, len(logits), "the history")
+            self._check_ids(self._generated, vocab_size, "the history")
             penalty = config.presence_penalty + self._counts * config.frequency_penalty
-            scores[self._generated] -= penalty.astype(np.float32)
-        return scores
+            places, known = _places(self._generated, among)
+            scores[places] -= penalty.astype(np.float32)[known]
+            others += len(self._generated) - len(places)
+        return others
+
+    def _decided(self, candidates: Candidates) -> int | None:
+        """The token that `sample` would draw, or None, with nothing drawn, where the candidates leave that open."""
+        config = self.config
+        ids, raw = candidates.ascending()
+        scores = raw.copy()
+        others = self._adjust(scores, candidates.vocab_size, ids)
+        best = int(scores.argmax())
+        peak = scores[best]
+        if not np.isfinite(peak) or peak <= raw.min():
+            return None
+        if config.temperature == 0:
+            return int(ids[best])
+        outside = outside_of(raw, scores, peak, candidates.norm, others)
+        scores -= peak
+        weights = np.exp(scores)
+        kept = kept_places(weights, outside, candidates.vocab_size, config.top_k, config.top_p, config.min_p)
+        return None if kept is None else int(ids[self._drawn_of(scores, weights, kept)])
+
+    def _drawn_of(self, scores: Floats, weights: Floats, kept: NDArray[np.intp] | None) -> int:
+        """A place among ``kept`` (all, where None), by scores, whose largest is 0, and weights; both may be changed."""
+        if self.config.temperature != 1:
+            scores = scores if kept is None else scores[kept]
+            scores /= np.float32(max(self.config.temperature, _LEAST_TEMPERATURE))
+            weights = np.exp(scores, out=scores)
+        elif kept is not None:
+            weights = weights[kept]
+        index = _drawn(weights, 1.0 - self._rng.random())
+        return index if kept is None else int(kept[index])
 
     @staticmethod
     def _check_ids(ids: Ids, vocab_size: int, where: str) -> None:
@@ -202,14 +261,16 @@ class Sampler:
         config = self.config
         weights = np.exp(scores, out=self._weights)
         ids = kept_tokens(weights, config.top_k, config.top_p, config.min_p)
-        if config.temperature != 1:
-            kept = scores if ids is None else scores[ids]
-            kept /= np.float32(max(config.temperature, _LEAST_TEMPERATURE))
-            weights = np.exp(kept, out=kept)
-        elif ids is not None:
-            weights = weights[ids]
-        index = _drawn(weights, 1.0 - self._rng.random())
-        return index if ids is None else int(ids[index])
+        return self._drawn_of(scores, weights, ids)
+
+
+def _places(ids: Ids, among: Ids | None) -> tuple[Ids, slice | NDArray[np.bool_]]:
+    """Where tokens stand among those of an ascending list, and which of them do; None stands for all."""
+    if among is None:
+        return ids, slice(None)
+    places = np.minimum(np.searchsorted(among, ids), len(among) - 1)
+    known = among[places] == ids
+    return places[known], known
 
 
 def _drawn(weights: Floats, fraction: float) -> int:
