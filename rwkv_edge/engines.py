@@ -5,6 +5,7 @@ An engine belongs to one backend in one version, to the GPUs it was built for, a
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -153,6 +154,40 @@ def target_of(capability: tuple[int, int]) -> str:
 def is_target(text: str) -> bool:
     """Whether ``text`` looks like a target: 'sm86', 'sm120'."""
     return re.fullmatch(r"sm[1-9]\d{1,2}", text) is not None
+
+
+@functools.cache
+def error_log(trt: Any) -> Any:
+    """A logger that keeps the sentences of errors in its list ``errors``.
+
+    There is one for all builders and runtimes of a process: TensorRT keeps to the first that it is given.
+
+    Args:
+        trt: the module of a backend.
+    """
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(msg)
+
+    return Log()
+
+
+def reason_of(log: Any, error: Exception | None = None) -> str:
+    """The library's first error without the places in its source, else the exception's words."""
+    text = log.errors[0] if log.errors else str(error or "it does not say why")
+    return one_line(re.sub(r"^[\w:]+: (?=Error Code)|\[\w+\.\w+:\d+: \w+\] |\s*In \S+ at \S+:\d+", "", text))
+
+
+def one_line(text: str) -> str:
+    """One line of at most 300 characters."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= 300 else line[:299] + "…"
 
 
 def _runs_in(entry: EngineEntry, version: str) -> bool:

@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,12 +30,15 @@ class Driver:
     """See `rwkv_edge.runtime.cuda_driver.Driver`."""
 
     capability, processors, name = 90, 132, "numpy"
+    streams: ClassVar[dict[int, Driver]] = {}  # handle → whose stream it is; for libraries that enqueue on one
 
     def __init__(self, ordinal: int = 0, memory: int = 1 << 34) -> None:
         self._blocks: dict[int, np.ndarray] = {}
         self._end, self._left = 4096, memory
         self.recording: list[Callable[[], None]] | None = None
         self.launches = 0
+        self.stream = 7000 + len(self.streams)
+        self.streams[self.stream] = self
 
     def allocate(self, nbytes: int) -> int:
         nbytes = max(nbytes, 16)
@@ -113,6 +116,10 @@ class Driver:
     def close(self) -> None:
         self._blocks.clear()
 
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """What a library puts on the stream."""
+        self._do(work)
+
     def _do(self, work: Callable[[], None]) -> None:
         if self.recording is None:
             self.launches += 1
@@ -150,7 +157,24 @@ class Arguments:
         stored = self.driver.view(self.pointers.pop(0), shape, dtype)
         return stored.copy() if dtype == "int32" else float32_from_stored(stored.copy(), dtype)
 
+    def matrices(self, *shapes: tuple[int, int]) -> list[np.ndarray]:
+        """The next arguments are matrices, then come their scales."""
+        pointers, scales = self.pointers[: len(shapes)], self.pointers[len(shapes) : 2 * len(shapes)]
+        rest = self.pointers[2 * len(shapes) :]
+        found = []
+        for bit, (shape, matrix, scale) in enumerate(zip(shapes, pointers, scales, strict=True)):
+            if self.INT8 >> bit & 1:
+                self.pointers = [matrix, scale]
+                integers = self.driver.view(self.pointers.pop(0), shape, "int8").astype(np.float32)
+                found.append(integers * self.take(shape[1], dtype=self.act))
+            else:
+                self.pointers = [matrix]
+                found.append(self.take(*shape, dtype=DTYPES[self.macros["WEIGHT"]]))
+        self.pointers = rest
+        return found
+
     def weight(self, *shape: int) -> np.ndarray:
+        """A matrix that is never int8."""
         return self.take(*shape, dtype=DTYPES[self.macros["WEIGHT"]])
 
     def give(self, value: np.ndarray, dtype: str = "float32") -> None:
@@ -189,7 +213,7 @@ def time_mix_in(a: Arguments) -> None:
     before = a.take(a.BATCH, a.WIDTH, dtype=a.act)
     weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
     mix = a.take(6, a.WIDTH, dtype=a.act)
-    matrices = [a.weight(a.WIDTH, n) for n in [a.INNER] * 3 + ranks]
+    matrices = a.matrices(*((a.WIDTH, n) for n in [a.INNER] * 3 + ranks))
     xn = normed(x, 1e-5) * weight + bias
     r, w, k, v, rate, g = (xn + (before - xn) * m for m in mix)
     found = [y @ m for y, m in zip([r, k, v, w, rate, g, v], matrices, strict=False)]
@@ -207,7 +231,9 @@ def wkv(a: Arguments) -> None:
     ranks = [a.RANK_W, a.RANK_A, a.RANK_G, *([a.RANK_V] if a.RANK_V else [])]
     hidden = [a.take(batch, n) for n in ranks]
     first = a.take(batch, heads, a.HEAD) if a.RANK_V else None
-    halves = [(h @ a.weight(n, a.INNER)).reshape(r.shape) for h, n in zip(hidden, ranks, strict=True)]
+    seconds = [a.weight(ranks[0], a.INNER), a.weight(ranks[1], a.INNER), *a.matrices((ranks[2], a.INNER))]
+    seconds += [a.weight(a.RANK_V, a.INNER)] if a.RANK_V else []
+    halves = [(h @ second).reshape(r.shape) for h, second in zip(hidden, seconds, strict=True)]
     shape = heads, a.HEAD
     decay = np.exp(-0.6065306597126334 * sigmoid(halves[0] + a.take(*shape)))
     rate = sigmoid(halves[1] + a.take(*shape, dtype=a.act))
@@ -230,7 +256,7 @@ def wkv(a: Arguments) -> None:
 
 
 def project(a: Arguments) -> None:
-    x, matrix = a.take(a.BATCH, a.FROM), a.weight(a.FROM, a.WIDTH)
+    x, (matrix,) = a.take(a.BATCH, a.FROM), a.matrices((a.FROM, a.WIDTH))
     size = -(-a.FROM // a.SPLIT)
     a.give(np.stack([x[:, i * size : (i + 1) * size] @ matrix[i * size : (i + 1) * size] for i in range(a.SPLIT)]))
     a.done()
@@ -240,7 +266,7 @@ def channel_mix_in(a: Arguments) -> None:
     x = residual(a)
     before = a.take(a.BATCH, a.WIDTH, dtype=a.act)
     weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
-    mix, key = a.take(a.WIDTH, dtype=a.act), a.weight(a.WIDTH, a.HIDDEN)
+    mix, (key,) = a.take(a.WIDTH, dtype=a.act), a.matrices((a.WIDTH, a.HIDDEN))
     xn = normed(x, 1e-5) * weight + bias
     a.give(x)
     a.give(xn, a.act)
@@ -251,7 +277,7 @@ def channel_mix_in(a: Arguments) -> None:
 def head(a: Arguments) -> None:
     x = residual(a)
     weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
-    logits = (normed(x, 1e-5) * weight + bias) @ a.weight(a.WIDTH, a.VOCABULARY)
+    logits = (normed(x, 1e-5) * weight + bias) @ a.matrices((a.WIDTH, a.VOCABULARY))[0]
     a.give(logits)
     blocks = [logits[:, i : i + a.TILE] for i in range(0, a.VOCABULARY, a.TILE)]
     a.give(np.stack([b.max(1) for b in blocks], 1))

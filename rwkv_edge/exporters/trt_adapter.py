@@ -18,15 +18,13 @@ stubs of TensorRT 10.13, "noted" this project's notes on NVIDIA's documentation 
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from rwkv_edge.engines import ENGINE_BACKENDS, Backend, version_numbers
+from rwkv_edge.engines import ENGINE_BACKENDS, Backend, error_log, one_line, reason_of, version_numbers
 from rwkv_edge.errors import ExportError, InputError, MissingDependencyError
 from rwkv_edge.exporters.trt_progress import held_interrupts, monitor
 from rwkv_edge.exporters.trt_targets import check_precision, parser_dispatch
@@ -93,7 +91,7 @@ def _module(backend: Backend) -> Any:
         return None
     except (ImportError, OSError, RuntimeError) as error:
         raise ExportError(
-            f"{backend.words} is installed but cannot be loaded: {_line(str(error))}; install it again"
+            f"{backend.words} is installed but cannot be loaded: {one_line(str(error))}; install it again"
         ) from error
     return module if hasattr(module, "Builder") else None
 
@@ -154,7 +152,7 @@ def build_engine(
         InputError: the graph computes in a type that a target has not, or the cache is of another GPU or version.
         KeyboardInterrupt: Ctrl-C, after the builder has stopped.
     """
-    log = _logger(loaded.trt)
+    log = error_log(loaded.trt)
     log.errors.clear()
     with held_interrupts() as interrupted:
         builder = _builder(loaded, log)
@@ -171,33 +169,17 @@ def build_engine(
             raise watched.error
         if memory is None:  # after Ctrl-C too, which then takes the place of this error
             words = f"{loaded.backend.words} {loaded.version} cannot build {graph.name}"
-            raise ExportError(f"{words} for {', '.join(settings.targets)}: {_reason(log)}")
+            raise ExportError(f"{words} for {', '.join(settings.targets)}: {reason_of(log)}")
     report(1.0)
     timings = config.get_timing_cache() if cache is not None else None
     return BuiltEngine(memory, bytes(memoryview(timings.serialize())) if timings else None)
-
-
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """Keeps the sentences of errors; one for all builds, as TensorRT keeps to the first logger that it is given."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(msg)
-
-    return Log()
 
 
 def _builder(loaded: LoadedBackend, log: Any) -> Builder:
     try:
         builder: Builder = loaded.trt.Builder(log)
     except (TypeError, RuntimeError) as error:  # pybind11's factory returned nothing: no driver, no GPU
-        reason = _reason(log, error)
+        reason = reason_of(log, error)
         raise ExportError(f"{loaded.backend.words} cannot start: {reason}; check the GPU's driver") from error
     return builder
 
@@ -224,11 +206,11 @@ def _parser_error(loaded: LoadedBackend, parser: OnnxParser, graph: Path, log: A
     """The parser's first error, with the node it stands at."""
     words = f"{loaded.backend.words} {loaded.version} cannot read {graph.name}"
     if not parser.num_errors:
-        return ExportError(f"{words}: {_reason(log)}")
+        return ExportError(f"{words}: {reason_of(log)}")
     error = parser.get_error(0)
     inside = f" in function {' in '.join(reversed(stack))}" if (stack := error.local_function_stack()) else ""
     node = f"node '{error.node_name()}' ({error.node_operator()}){inside}: " if error.node_operator() else ""
-    return ExportError(f"{words}: {node}{_line(error.desc())}")
+    return ExportError(f"{words}: {node}{one_line(error.desc())}")
 
 
 def _check_network(network: NetworkDefinition, settings: EngineSettings, graph: Path, loaded: LoadedBackend) -> None:
@@ -289,15 +271,3 @@ def _use_cache(config: BuilderConfig, cache: bytes) -> None:
     found = config.create_timing_cache(cache)
     if found is None or not config.set_timing_cache(found, False):
         raise InputError("the timing cache is damaged, or of another GPU or TensorRT; name another --timing-cache")
-
-
-def _reason(log: Any, error: Exception | None = None) -> str:
-    """The library's first error without the places in its source, else the exception's words."""
-    text = log.errors[0] if log.errors else str(error or "it does not say why")
-    return _line(re.sub(r"^[\w:]+: (?=Error Code)|\[\w+\.\w+:\d+: \w+\] |\s*In \S+ at \S+:\d+", "", text))
-
-
-def _line(text: str) -> str:
-    """One line of at most 300 characters."""
-    line = " ".join(text.split()).rstrip(".")
-    return line if len(line) <= 300 else line[:299] + "…"

@@ -32,11 +32,7 @@ class Driver:
             MissingDependencyError: cuda-bindings is not installed.
             SessionError: there is no driver or no such GPU.
         """
-        try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise MissingDependencyError("cuda-bindings", "cuda", "running kernels on an NVIDIA GPU") from error
-        self._api = driver
+        self._api = driver = _bindings()
         try:
             self._call("cuInit", 0)
             self._device = self._call("cuDeviceGet", ordinal)
@@ -53,6 +49,11 @@ class Driver:
         self._modules: list[Any] = []
         self._memory: set[int] = set()
         self._graphs: set[Graph] = set()
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream, for libraries that enqueue on it."""
+        return int(self._stream)
 
     def allocate(self, nbytes: int) -> int:
         """Device memory of ``nbytes`` zeros.
@@ -202,6 +203,26 @@ class Driver:
         return tuple(values)
 
 
+def device_capability(ordinal: int = 0) -> tuple[int, int] | None:
+    """Compute capability of a GPU, (8, 7) for sm87, without a context on it; None where there is no driver or no GPU.
+
+    Raises:
+        MissingDependencyError: cuda-bindings is not installed.
+    """
+    driver = _bindings()
+    names = driver.CUdevice_attribute
+    try:
+        status, *_ = driver.cuInit(0)
+        found, device = driver.cuDeviceGet(ordinal)
+        if int(status) or int(found):
+            return None
+        major = driver.cuDeviceGetAttribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        minor = driver.cuDeviceGetAttribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+    except RuntimeError:  # the driver's library is not there
+        return None
+    return None if int(major[0]) or int(minor[0]) else (int(major[1]), int(minor[1]))
+
+
 class Graph:
     """Kernels and copies that are enqueued with one call."""
 
@@ -219,6 +240,19 @@ class Graph:
             self._driver._call("cuGraphExecDestroy", self.executable)
             self._driver._graphs.discard(self)
             self.executable = None
+
+
+def _bindings() -> Any:
+    """The driver's functions.
+
+    Raises:
+        MissingDependencyError: cuda-bindings is not installed.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise MissingDependencyError("cuda-bindings", "cuda", "running kernels on an NVIDIA GPU") from error
+    return driver
 
 
 def _sentence(call: str, status: str) -> str:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import trt_double
+import trt_runtime_double
 from trt_double import TensorRTDouble
 
 from rwkv_edge.exporters import trt_types
+from rwkv_edge.runtime import trt_module
 
 CLASSES = {
     "HostMemory": "IHostMemory",
@@ -28,6 +30,9 @@ CLASSES = {
 }
 """Type of the adapter → class of TensorRT."""
 
+RUNTIME_CLASSES = {"ExecutionContext": "IExecutionContext", "CudaEngine": "ICudaEngine", "Runtime": "Runtime"}
+"""Type of the runtime → class of TensorRT."""
+
 MEMBERS = [
     ("BuilderFlag", ["TF32", "REFIT", "VERSION_COMPATIBLE"]),
     ("MemoryPoolType", ["WORKSPACE"]),
@@ -36,6 +41,12 @@ MEMBERS = [
     ("LayerType", ["PLUGIN_V3"]),
     ("IProgressMonitor", ["phase_start", "phase_finish", "step_complete"]),
     ("ILogger", ["Severity", "log"]),
+]
+
+RUNTIME_MEMBERS = [
+    ("ExecutionContextAllocationStrategy", ["USER_MANAGED"]),
+    ("TensorIOMode", ["INPUT", "OUTPUT"]),
+    ("DataType", ["FLOAT", "HALF", "BF16", "INT64"]),
 ]
 
 Signatures = dict[str, list[str] | None]
@@ -61,6 +72,14 @@ def needed() -> dict[str, Signatures]:
     classes = {node.name: signatures(node) for node in tree.body if isinstance(node, ast.ClassDef)}
     assert set(classes) == {*CLASSES, "Member", "RtxBuilderConfig"}
     return {CLASSES[name]: members for name, members in classes.items() if name in CLASSES}
+
+
+def needed_to_run() -> dict[str, Signatures]:
+    """Members of the types that the runtime uses, by TensorRT's name of the class."""
+    tree = ast.parse(Path(str(trt_module.__file__)).read_text(encoding="utf-8"))
+    classes = {node.name: signatures(node) for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert set(classes) == {*RUNTIME_CLASSES, "Member", "EngineLoader"}
+    return {RUNTIME_CLASSES[name]: members for name, members in classes.items() if name in RUNTIME_CLASSES}
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +128,33 @@ def test_the_double_has_the_names_of_tensorrt(stubs: dict[str, Signatures]) -> N
             assert member == "__buffer__" or hasattr(class_, member), f"{name}.{member}"
     for name in ("DataType", "BuilderFlag", "MemoryPoolType", "NetworkDefinitionCreationFlag"):
         assert set(getattr(double, name).__members__) <= set(stubs[name]), name
+
+
+def test_what_the_runtime_uses_is_in_tensorrt_10_13(stubs: dict[str, Signatures]) -> None:
+    first = {"deserialize_cuda_engine", "create_execution_context", "set_input_shape"}  # overloaded: the first is ours
+    for name, members in needed_to_run().items():
+        for member, parameters in members.items():
+            assert member in stubs[name], f"{name}.{member}"
+            assert member in first or stubs[name][member] == parameters, f"{name}.{member}"
+    for name, names in RUNTIME_MEMBERS:
+        assert set(names) <= set(stubs[name]), name
+
+
+def test_what_the_runtime_uses_is_in_tensorrt_rtx() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    for name, members in needed_to_run().items():
+        for member, parameters in members.items():
+            found = getattr(getattr(rtx, name), member)
+            for parameter in parameters or ():
+                assert f"{parameter}: " in found.__doc__, f"{name}.{member}"
+    for name, names in RUNTIME_MEMBERS:
+        assert set(names) <= set(dir(getattr(rtx, name))), name
+
+
+def test_the_double_that_runs_has_no_other_names(stubs: dict[str, Signatures]) -> None:
+    double = trt_runtime_double.RuntimeDouble()
+    for name, members in needed_to_run().items():
+        class_ = getattr(double, name, None) or getattr(trt_runtime_double, name)
+        found = {member for member in vars(class_) if not member.startswith("_")}
+        assert found == set(members) - {"__buffer__"}, name
+        assert found <= set(stubs[name]), name

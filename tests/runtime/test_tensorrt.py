@@ -1,0 +1,377 @@
+"""Sessions over engines, bit for bit those of ONNX Runtime: everything around TensorRT itself is ours and proved here;
+what an engine computes is proved where TensorRT is, by `rwkv-edge verify ARTIFACT CHECKPOINT --backend tensorrt`."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import write_checkpoint
+from trt_runtime_double import RuntimeDouble, add_engines
+
+from rwkv_edge.artifact import Artifact, write_manifest
+from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.errors import ArtifactError, InputError, MissingDependencyError, RwkvEdgeError, SessionError
+from rwkv_edge.evaluation.synthetic import save_pth
+from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
+from rwkv_edge.runtime.onnxruntime import OrtSession
+from rwkv_edge.runtime.session import open_session
+from rwkv_edge.runtime.tensorrt import TrtSession
+
+FORMS = {
+    "fp32": ExportOptions(tokenizer="bytes", chunks=(4, 16), all_logits=True),
+    "fp16": ExportOptions(tokenizer="bytes", chunks=(8,), precision="fp16"),
+    "batch": ExportOptions(tokenizer="bytes", chunks=(8,), batch=None),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    checkpoint = write_checkpoint(folder / "model.pth")
+    for name, options in FORMS.items():
+        export_checkpoint(open_checkpoint(checkpoint), folder / name, options)
+        add_engines(folder / name)
+    return folder
+
+
+Open = Callable[..., tuple[TrtSession, OrtSession]]
+
+
+@pytest.fixture
+def opened(made: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
+    """A session over a double, and the one over ONNX Runtime that it must equal."""
+
+    def both(form: str, **options: Any) -> tuple[TrtSession, OrtSession]:
+        RuntimeDouble(**options).install(monkeypatch)
+        session = open_session(made / form, "tensorrt", threads=1)
+        assert isinstance(session, TrtSession)
+        return session, OrtSession(Artifact.open(made / form), threads=1)
+
+    return both
+
+
+def random_state(session: Any, batch: int, seed: int = 1) -> dict[str, np.ndarray]:
+    """Values that the state's dtypes hold."""
+    draw = np.random.default_rng(seed)
+    arrays = {t.name: draw.normal(0, 0.5, (batch, *t.shape)).astype(np.float32) for t in session.spec.state}
+    return session.export_state(session.import_state(arrays))
+
+
+def random_tokens(*shape: int, seed: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape)
+
+
+def assert_same(session: Any, state: Any, oracle: Any, expected: Any) -> None:
+    found = session.export_state(state)
+    for name, array in oracle.export_state(expected).items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+CASES = [(form, batch) for form, batch in (("fp32", 1), ("fp16", 1), ("batch", 1), ("batch", 3))]
+
+
+@pytest.mark.filterwarnings("ignore:steps run without")
+@pytest.mark.parametrize("fails", ["", "capture", "capture writes"])
+@pytest.mark.parametrize(("form", "batch"), CASES)
+def test_steps(form: str, batch: int, fails: str, opened: Open) -> None:
+    """Past the first run, the capture and replays of both directions, or past the capture that failed."""
+    session, oracle = opened(form, fails=fails)
+    arrays = random_state(oracle, batch)
+    state, expected = session.import_state(arrays), oracle.import_state(arrays)
+    for tokens in random_tokens(9, batch):
+        np.testing.assert_array_equal(session.step(tokens, state), oracle.step(tokens, expected))
+        assert_same(session, state, oracle, expected)
+
+
+class Seen(list[tuple[int, np.ndarray]]):
+    """What a watch is told."""
+
+    def __call__(self, at: int, logits: np.ndarray) -> None:
+        self.append((at, logits.copy()))
+
+
+@pytest.mark.parametrize(("form", "batch"), CASES)
+def test_prompts(form: str, batch: int, opened: Open) -> None:
+    """Chunks of both lengths, single steps after them, what is seen in between, and steps after that."""
+    session, oracle = opened(form)
+    assert session.chunks == oracle.chunks
+    state, expected = session.initial_state(batch), oracle.initial_state(batch)
+    for length in (1, 3, 4, 16, 43, 43):
+        tokens = random_tokens(batch, length, seed=length)
+        seen, wanted = Seen(), Seen()
+        np.testing.assert_array_equal(session.prefill(tokens, state, seen), oracle.prefill(tokens, expected, wanted))
+        assert [at for at, _ in seen] == [at for at, _ in wanted]
+        for (_, one), (_, other) in zip(seen, wanted, strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert_same(session, state, oracle, expected)
+        np.testing.assert_array_equal(
+            session.prefill(tokens, session.copy_state(state)), oracle.prefill(tokens, oracle.copy_state(expected))
+        )
+
+
+@pytest.mark.parametrize(("form", "batch"), CASES)
+def test_scores(form: str, batch: int, opened: Open) -> None:
+    session, oracle = opened(form)
+    state, expected = session.initial_state(batch), oracle.initial_state(batch)
+    for _ in range(3):
+        tokens = random_tokens(batch, 37)
+        np.testing.assert_array_equal(session.score(tokens, state), oracle.score(tokens, expected))
+    assert_same(session, state, oracle, expected)
+
+
+def test_states_are_values(opened: Open) -> None:
+    """A fork goes its own way from either side, and an exported state comes back bit for bit."""
+    session, _ = opened("batch")
+    state = session.initial_state(3)
+    for count in range(5):
+        session.step([1, 2, count], state)
+        fork, exported = session.copy_state(state), session.export_state(state)
+        session.step([4, 5, 6], state)
+        for name, array in session.export_state(fork).items():
+            np.testing.assert_array_equal(array, exported[name])
+        expected = session.step([7, 8, 9], fork)
+        np.testing.assert_array_equal(session.step([7, 8, 9], session.import_state(exported)), expected)
+
+
+def test_runs_are_captured_once(opened: Open) -> None:
+    """Each direction runs as it is once, is captured at its second run, and nothing runs in vain."""
+    session, _ = opened("fp32")
+    trt, driver = session._loader.trt, session._driver
+    state = session.initial_state()
+    for count in range(1, 9):
+        session.step([1], state)
+        assert trt.runs == count
+    assert trt.contexts == 2
+    graphs = [bound.graph for bound in state.room._bound.values()]
+    assert [len(graph.work) for graph in graphs] == [1, 1]  # type: ignore[union-attr]
+    launches = driver.launches
+    session.step([1], state)
+    assert driver.launches == launches  # only graphs run
+
+
+@pytest.mark.parametrize("fails", ["capture", "capture writes"])
+def test_what_cannot_be_captured_warns_once(fails: str, opened: Open) -> None:
+    session, oracle = opened("fp32", fails=fails)
+    states, expected = [session.initial_state() for _ in range(2)], oracle.initial_state()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for state in states:
+            for token in range(6):
+                session.step([token], state)
+            session.prefill(random_tokens(1, 40), state)
+    assert [str(w.message).partition(":")[0] for w in caught] == ["steps run without CUDA graphs, which is slower"]
+    assert caught[0].filename == __file__
+    for token in range(6):
+        oracle.step([token], expected)
+    oracle.prefill(random_tokens(1, 40), expected)
+    for state in states:
+        assert_same(session, state, oracle, expected)
+
+
+def test_memory_is_given_back(opened: Open) -> None:
+    """States that are dropped free theirs, in whatever order session and state end."""
+    session, _ = opened("fp32")
+    prompt = random_tokens(1, 21)
+    session.prefill(prompt, session.initial_state())
+    gc.collect()
+    before = session._driver.free_memory()
+    for _ in range(3):
+        state = session.initial_state()
+        for _ in range(3):
+            session.prefill(prompt, state)
+        assert session._driver.free_memory() < before
+        del state
+        gc.collect()
+        assert session._driver.free_memory() == before
+    state = session.initial_state()
+    session.step([1], state)
+    session.close()
+    assert not state.room._bound
+    del state
+
+
+def test_a_tuned_state_is_where_streams_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model.pth")
+    values = {f"blocks.{i}.att.time_state": torch.randn(1, 64, 64) for i in range(2)}
+    options = replace(FORMS["batch"], state=save_pth(values, tmp_path / "state.pth"))
+    export_checkpoint(open_checkpoint(checkpoint), tmp_path / "tuned", options)
+    RuntimeDouble().install(monkeypatch)
+    session, oracle = (
+        TrtSession(add_engines(tmp_path / "tuned"), "tensorrt"),
+        OrtSession(Artifact.open(tmp_path / "tuned")),
+    )
+    assert session.initial_hash == oracle.initial_hash is not None
+    state = session.initial_state(2)
+    assert np.abs(session.export_state(state)["wkv.1"]).max() > 1
+    assert_same(session, state, oracle, oracle.initial_state(2))
+
+
+# Refusals
+
+
+def refused(made: Path, backend: str = "tensorrt", form: str = "fp32", **options: Any) -> str:
+    with pytest.raises(RwkvEdgeError) as caught:
+        open_session(made / form, backend, **options)
+    assert str(caught.value).count("\n") == 0
+    return str(caught.value)
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "another GPU": ({}, {"capability": (8, 7)}, "was built for sm90, but this GPU is sm87; run 'rwkv-edge build'"),
+    "no GPU": ({}, {"capability": None}, "was built for sm90, but no NVIDIA GPU was found here"),
+    "another version": ({"version": "10.16.1.2"}, {}, "built by TensorRT 10.13.3.9, but 10.16.1.2 is installed"),
+    "no start": ({"fails": "start"}, {}, "TensorRT 10.13.3.9 cannot start: Error Code 6: CUDA initialization failure"),
+    "no engine": ({"fails": "load"}, {}, "step.engine: Error Code 1: Serialization (no engine); run 'rwkv-edge build'"),
+    "no logits": ({"ports": {"logits": None}}, {}, "has 'logits' as None, but its model says ('OUTPUT', 'FLOAT'"),
+    "one more": ({"ports": {"x": ("OUTPUT", "FLOAT", (1,))}}, {}, "has 'x' as ('OUTPUT', 'FLOAT', (1,)), but"),
+    "another type": ({"ports": {"wkv.0": ("INPUT", "HALF", (1, 1, 64, 64))}}, {}, "has 'wkv.0' as ('INPUT', 'HALF'"),
+    "another shape": ({"ports": {"wkv.1": ("INPUT", "FLOAT", (1, 1, 8, 64))}}, {}, "has 'wkv.1' as ('INPUT', 'FLOAT'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_refused(name: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, machine, words = REFUSALS[name]
+    RuntimeDouble(**module).install(monkeypatch, **machine)
+    assert words in refused(made)
+
+
+FAILURES = {
+    "context": "cannot run step.engine: it does not say why; is the GPU's memory full?",
+    "address": "takes no memory for 'token' of step.engine",
+    "enqueue": "failed at a run of step.engine: Error Code 1: Cuda Runtime (operation not permitted)",
+}
+
+
+@pytest.mark.parametrize("fails", FAILURES)
+def test_a_run_that_fails(fails: str, opened: Open) -> None:
+    session, _ = opened("fp32", fails=fails)
+    state = session.initial_state()
+    before = session.export_state(state)
+    with pytest.raises(SessionError) as caught:
+        session.step([1], state)
+    assert FAILURES[fails] in str(caught.value)
+    for name, array in session.export_state(state).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    RuntimeDouble().install(monkeypatch)
+    return Path(shutil.copytree(made / "fp32", tmp_path / "fp32"))
+
+
+def test_engines_of_other_weights(copied: Path) -> None:
+    add_engines(copied, model_hash="a" * 64)
+    assert "step.engine was built from other weights" in refused(copied.parent)
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "empty", "missing"])
+def test_damaged_engines(damage: str, copied: Path) -> None:
+    path = copied / "prefill-16.engine"
+    data = path.read_bytes()
+    path.write_bytes({"changed": data[:-1] + b"!", "cut": data[:-1]}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    words = {"changed": "is not the file that was built", "missing": "is missing"}.get(damage, f"expected {len(data)}")
+    found = refused(copied.parent)
+    assert "prefill-16.engine" in found
+    assert words in found
+    assert found.endswith("; run 'rwkv-edge build' again")
+    if damage == "changed":  # the library itself says so, when a prompt first needs it
+        session = open_session(copied, "tensorrt", check_content=False)
+        with pytest.raises(SessionError, match=r"cannot load .*prefill-16\.engine: Error Code 1: Serialization"):
+            session.prefill(random_tokens(1, 16), session.initial_state())
+
+
+def test_no_engines(made: Path, copied: Path) -> None:
+    assert "has no engines of TensorRT for RTX; run 'rwkv-edge build' on it with --backend" in refused(
+        made, "tensorrt-rtx"
+    )
+    with pytest.raises(ArtifactError, match="is a file; an artifact is the folder"):
+        open_session(copied / "step.onnx", "tensorrt")
+
+
+@pytest.mark.parametrize("module", [None, SimpleNamespace()], ids=["absent", "types only"])
+def test_no_module(module: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    with pytest.raises(
+        MissingDependencyError, match=r"running engines needs the package 'tensorrt': pip install .*tens"
+    ):
+        open_session(made / "fp32", "tensorrt")
+
+
+def test_a_module_that_does_not_load(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open\\nshared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    assert "TensorRT is installed but cannot be loaded: libnvinfer.so.10: cannot open shared" in refused(made)
+
+
+def test_too_many_streams(opened: Open) -> None:
+    session, oracle = opened("batch")
+    assert session.initial_state(8).batch == 8
+    with pytest.raises(InputError, match="up to 8 streams, not 9; run 'rwkv-edge build' again with --max-batch 9"):
+        session.initial_state(9)
+    with pytest.raises(InputError, match="up to 8 streams, not 9"):
+        session.import_state(random_state(oracle, 9))
+    session, _ = opened("fp32")
+    with pytest.raises(InputError, match="was exported for batch 1, not 2"):
+        session.initial_state(2)
+
+
+# The backend 'auto'
+
+
+def test_auto_takes_engines_that_fit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RuntimeDouble().install(monkeypatch)
+    assert isinstance(open_session(made / "fp32"), TrtSession)
+    assert isinstance(open_session(made / "fp32", providers=["cpu"]), OrtSession)
+    assert isinstance(open_session(made / "fp32", "onnxruntime"), OrtSession)
+
+
+@pytest.mark.parametrize("case", ["version", "GPU", "no GPU", "no driver", "no module", "cut"])
+def test_auto_else_takes_onnx_runtime(case: str, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = {"GPU": (8, 7), "no GPU": None}.get(case, (9, 0))
+    RuntimeDouble("10.16.1.2" if case == "version" else "10.13.3.9").install(monkeypatch, capability=capability)
+    if case == "no driver":
+        monkeypatch.setattr("rwkv_edge.runtime.tensorrt.device_capability", missing_bindings)
+    if case == "no module":
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+    if case == "cut":
+        (copied / "step.engine").write_bytes(b"engine ")
+    assert isinstance(open_session(copied), OrtSession)
+
+
+def missing_bindings(ordinal: int = 0) -> None:
+    raise MissingDependencyError("cuda-bindings", "cuda", "running kernels on an NVIDIA GPU")
+
+
+def test_auto_imports_nothing_without_engines(made: Path, copied: Path) -> None:
+    write_manifest(copied, replace(Artifact.open(copied).manifest, engines=()))
+    code = """
+import sys
+from rwkv_edge.runtime.session import open_session
+open_session(sys.argv[1])
+assert not {"tensorrt", "tensorrt_rtx", "cuda", "rwkv_edge.runtime.tensorrt"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, copied], check=True)
+
+
+def test_engines_alone_say_why_they_do_not_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_manifest(copied, replace(Artifact.open(copied).manifest, graphs=()))
+    RuntimeDouble().install(monkeypatch, capability=(8, 7))
+    with pytest.raises(SessionError, match="was built for sm90, but this GPU is sm87"):
+        open_session(copied)
