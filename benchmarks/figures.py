@@ -1,0 +1,262 @@
+"""Tables from benchmarks/results/*.json: all of them in docs/figures.md, the main ones in README between two markers.
+
+Nothing is measured here, and neither torch nor a backend is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FUSED, ORT = "fused kernels", "ONNX Runtime"  # engines in step_gpu.json
+
+Figures = Mapping[str, Any]
+Line = tuple[str, str]
+"""What was measured, and the figure in words."""
+
+
+def step_cpu(f: Figures) -> Iterator[Line]:
+    """Decode on the CPU."""
+    yield (
+        "decode, RWKV-7 12 x 768 fp32, weights mapped (the default)",
+        f"{f['tokens_per_second']:.1f} tokens/s, {f['ratio']:.2f} x the `rwkv` package, "
+        f"{percent(f['share_of_bandwidth'])} of the read bandwidth",
+    )
+    yield (
+        "with `open_session(..., prepack=True)`: a copy of the weights in ONNX Runtime's own order",
+        f"{f['packed_tokens_per_second']:.1f} tokens/s, {f['packed_ratio']:.2f} x, "
+        f"{percent(f['packed_share_of_bandwidth'])}",
+    )
+
+
+def prefill_cpu(f: Figures) -> Iterator[Line]:
+    """Prompts on the CPU."""
+    yield (
+        "a prompt of 512 tokens in chunks, same model",
+        f"{f['tokens_per_second']['chunks']:.0f} tokens/s, {f['over_rwkv']:.1f} x `rwkv`'s sequence mode, "
+        f"{f['over_steps']:.0f} x single steps; {f['resident_ratio']:.2f} x the memory of the step graph alone",
+    )
+
+
+def batch_cpu(f: Figures) -> Iterator[Line]:
+    """Streams on the CPU."""
+    streams = max(f["over_one_stream"], key=int)
+    yield f"{streams} streams in one batch, over one stream", f"{f['over_one_stream'][streams]:.1f} x"
+
+
+def quant_cpu(f: Figures) -> Iterator[Line]:
+    """Schemes on the CPU."""
+    for name, found in f.items():
+        if name != "fp32":
+            yield f"decode, {name}", f"{found['tokens_per_second']:.1f} tokens/s, {found['ratio']:.2f} x fp32"
+
+
+def export(f: Figures) -> Iterator[Line]:
+    """The largest export."""
+    found = f["7, 24 x 1024, step graph"]
+    yield (
+        f"export of 24 x 1024 fp32 ({found['checkpoint_mb']:.0f} MiB), step graph",
+        f"{found['seconds']:.1f} s, peak RSS {found['peak_mb']:.0f} MiB",
+    )
+
+
+def demo_model(f: Figures) -> Iterator[Line]:
+    """Quality of the demo model."""
+    values = " / ".join(f"{f[precision]['bits_per_byte']:.4f}" for precision in ("fp32", "fp16", "bf16"))
+    yield "demo model, held-out bits per byte in fp32 / fp16 / bf16", values
+
+
+def soak_demo(f: Figures) -> Iterator[Line]:
+    """The long run."""
+    yield (
+        f"the demo model over {f['tokens']:,} tokens, {f['precision']}",
+        f"at most {f['drift']:.2g} from float64, memory {f['rss_growth_mb']:+.1f} MB",
+    )
+
+
+def step_gpu(f: Figures) -> Iterator[Line]:
+    """Decode on a GPU, of engines whose parity was green."""
+    for size, found in f.items():
+        engine = found.get(FUSED) if isinstance(found, dict) else None
+        if engine is None or engine["parity"] != "green":
+            continue
+        words = (
+            f"{1 / engine['step_s']:.0f} tokens/s, {percent(found['limit_s'] / engine['step_s'])} of the memory's limit"
+        )
+        other = found.get(ORT)
+        if other is not None and other["parity"] == "green":
+            words += f", {other['call_s'] / engine['step_s']:.1f} x ONNX Runtime with a CUDA graph"
+        yield f"decode, RWKV-7 {size} fp16, `--backend cuda`, {f['gpu']}", words
+
+
+def wkv_gpu(f: Figures) -> Iterator[Line]:
+    """The kernels of the recurrences."""
+    copied = percent(f["v7_step_b64"]["share_of_copy"])
+    ratios = [f[f"v{version}_sequence"]["ratio"] for version in "4567"]
+    yield (
+        f"kernels of the recurrences, sequences of 512 tokens x 8, {f['gpu']}",
+        f"{min(ratios):.1f} to {max(ratios):.1f} x the `rwkv` package's; {copied} of the "
+        "copy bandwidth in RWKV-7 steps of 64 streams",
+    )
+
+
+LINES: Mapping[str, Callable[[Figures], Iterator[Line]]] = {
+    "step_cpu": step_cpu,
+    "prefill_cpu": prefill_cpu,
+    "batch_cpu": batch_cpu,
+    "quant_cpu": quant_cpu,
+    "soak_demo": soak_demo,
+    "export": export,
+    "demo_model": demo_model,
+    "step_gpu": step_gpu,
+    "wkv_gpu": wkv_gpu,
+}
+"""Result file → its lines in README; files that are absent are left out."""
+
+
+def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The result files by stem: those of README first, in its order."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    order = [name for name in LINES if name in found]
+    return {name: found[name] for name in order + [name for name in found if name not in LINES]}
+
+
+def readme_table(found: Mapping[str, dict[str, Any]]) -> str:
+    """The lines of `LINES` as one Markdown table."""
+    rows = []
+    for name, lines in LINES.items():
+        if name not in found:
+            continue
+        by = "`rwkv-edge soak`" if name == "soak_demo" else f"`benchmarks/{name}.py`"
+        for what, figure in lines(found[name].get("figures", found[name])):
+            rows.append((by, what, figure))
+            by = "same"
+    return table(("measured by", "what", "figure"), rows)
+
+
+def quantization_table(found: Mapping[str, dict[str, Any]]) -> str:
+    """Speed and size of every scheme on the CPU."""
+    if "quant_cpu" not in found:
+        return "Not measured yet: `benchmarks/quant_cpu.py` measures it."
+    data = found["quant_cpu"]
+    rows = [
+        (
+            name, f"{f['tokens_per_second']:.1f}", f"{f['ratio']:.2f} x", f"{f['weight_bytes'] / 1e6:.0f} MB",
+            f"{f['relative_error']:.2g}",
+        )
+        for name, f in data["figures"].items()
+    ]  # fmt: skip
+    header = ("scheme", "tokens/s", "over fp32", "weights", "relative error of the logits")
+    return f"{data['title']}; random weights, {data['date']}.\n\n{table(header, rows)}"
+
+
+def between(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between its markers <!-- name --> and <!-- /name -->."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = text.partition(begin)
+    _, marker, after = rest.partition(end)
+    if not marker:
+        raise SystemExit(f"there are no markers {begin} and {end}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def pages(found: Mapping[str, dict[str, Any]]) -> dict[Path, str]:
+    """What the files that hold tables should be."""
+    readme, guide = ROOT / "README.md", ROOT / "docs" / "quantization.md"
+    return {
+        ROOT / "docs" / "figures.md": figures_page(found),
+        readme: between(readme.read_text(encoding="utf-8"), "figures", readme_table(found)),
+        guide: between(guide.read_text(encoding="utf-8"), "quant_cpu", quantization_table(found)),
+    }
+
+
+def figures_page(found: Mapping[str, dict[str, Any]]) -> str:
+    """docs/figures.md: one section a result file, with every figure in it."""
+    parts = [
+        "# Figures",
+        "Written by `python benchmarks/all.py --tables-only` from `benchmarks/results/*.json`. Ratios are medians of "
+        "measurements taken in turns; a speed stands only beside a parity that was green in the same run.",
+    ]
+    for name, data in found.items():
+        parts.append(f"## {name}")
+        parts.append(_soak_section(data) if "points" in data else _section(name, data))
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, data: Mapping[str, Any]) -> str:
+    machine = data["machine"]
+    facts = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, torch {data['torch']}"
+    groups = dict(_groups(data["figures"]))
+    parts = [f"{data['title']}. `benchmarks/{name}.py`, {data['date']}; {facts}."]
+    alone = groups.pop("", {})
+    if alone:
+        parts.append(table(("figure", "value"), [(_words(key), value_text(key, v)) for key, v in alone.items()]))
+    if groups:
+        keys = list(dict.fromkeys(key for group in groups.values() for key in group))
+        rows = [
+            (_words(path), *(value_text(f"{path}.{key}", group[key]) if key in group else "" for key in keys))
+            for path, group in groups.items()
+        ]
+        parts.append(table(("", *map(_words, keys)), rows))
+    return "\n\n".join(parts)
+
+
+def _soak_section(data: Mapping[str, Any]) -> str:
+    facts = {key: value for key, value in data.items() if not isinstance(value, list)}
+    rows = [(_words(key), value_text(key, value)) for key, value in facts.items()]
+    return f"`rwkv-edge soak`, {len(data['points'])} checkpoints.\n\n" + table(("figure", "value"), rows)
+
+
+def _groups(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping's own values, with its path."""
+    own = {key: value for key, value in node.items() if not isinstance(value, dict)}
+    if own:
+        yield path, own
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _groups(value, f"{path}, {key}" if path else key)
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def value_text(path: str, value: Any) -> str:
+    """A figure as text: shares in percent, ratios as factors, the rest with four digits."""
+    if isinstance(value, float):
+        key = path.rpartition(".")[2]
+        if "share" in key:
+            return percent(value)
+        if key == "ratio" or key.endswith("_ratio") or "over_" in path:
+            return f"{value:.2f} x"
+        if key == "bits_per_byte":
+            return f"{value:.4f}"
+        return f"{value:.1f}" if 100 <= abs(value) < 1e7 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def percent(share: float) -> str:
+    """0.755 → 76 %."""
+    return f"{100 * share:.0f} %"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; '|' in a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def write_tables() -> None:
+    """Write docs/figures.md, README's table and that of the quantization guide."""
+    found = results()
+    for path, text in pages(found).items():
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: written from {', '.join(found)}")
