@@ -185,11 +185,11 @@ class OrtSession:
         checked_batch(stored[self.spec.state[0].name].shape[0], self.spec)
         return self._state_of(stored)
 
-    def close(self) -> None:
     def keep_chunks(self) -> None:
         """Never drop the graphs of chunks from now on: for very many prompts, at the price of memory."""
         self._keep_chunks = True
 
+    def close(self) -> None:
         """Drop all graphs and the weights."""
         self._chunks.clear()
         if self._memory is not None:
