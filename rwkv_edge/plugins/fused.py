@@ -6,7 +6,7 @@ before the kernel ahead has ended. Letters of shapes: B streams, D width, A = HÂ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,10 @@ MAX_BATCH: Final = 8
 
 ALIGNMENT: Final = 8
 """Widths and ranks are multiples of this: rows of a matrix begin at 16 bytes in every dtype."""
+
+INT8_ALIGNMENT: Final = 16
+INT8_MATRICES: Final = ("receptance", "key", "value", "output", "g1", "g2", "head")
+"""What an artifact may hold in int8. The other LoRAs feed the state, and versions keep them in float."""
 
 TYPES: Final[Mapping[str, str]] = {"float32": "Float", "float16": "Half", "bfloat16": "Brain"}
 """Names of `rwkv_edge.plugins.kernels` for dtypes."""
@@ -138,20 +142,32 @@ class FusedKernel:
 class Kernels:
     """The kernels of a model for one number of streams."""
 
-    def __init__(self, dimensions: Dimensions, batch: int, tuning: Tuning) -> None:
+    def __init__(self, dimensions: Dimensions, batch: int, tuning: Tuning, int8: Collection[str] = frozenset()) -> None:
         """Nothing is compiled yet.
 
         Args:
             dimensions: of the model.
             batch: streams, 1 to `MAX_BATCH`.
             tuning: choices that change speed alone.
+            int8: names of the matrices that are int8, each with a scale for every column: 'blocks.0.att.key', 'head'.
 
         Raises:
-            InputError: too many streams.
+            InputError: too many streams, or a matrix that the kernels do not take in int8.
         """
         if not 1 <= batch <= MAX_BATCH:
             raise InputError(f"a chain of fused kernels carries 1 to {MAX_BATCH} streams; found {batch}")
-        self.dimensions, self.batch, self.tuning = dimensions, batch, tuning
+        self.dimensions, self.batch, self.tuning, self.int8 = dimensions, batch, tuning, frozenset(int8)
+        columns = {"value": dimensions.width, "key": dimensions.hidden, "g1": dimensions.rank_g}
+        for name in sorted(self.int8):
+            part = name.rpartition(".")[2]
+            if part not in INT8_MATRICES:
+                raise InputError(f"the fused kernels take {', '.join(INT8_MATRICES)} in int8; found {name}")
+            wanted = dimensions.head_size if part == "g2" else columns.get(part, dimensions.inner)
+            if wanted % INT8_ALIGNMENT:
+                raise InputError(
+                    f"an int8 matrix of the fused kernels needs columns in multiples of {INT8_ALIGNMENT}; "
+                    f"found {wanted} for {name}"
+                )
 
     def time_mix_in(self, layer: int) -> FusedKernel:
         """Residual sum, norm, mixes, receptance, key, value, first halves of the LoRAs."""
@@ -159,14 +175,15 @@ class Kernels:
         first, rank_v = layer == 0, d.rank_v if layer else 0
         columns = [d.inner] * 3 + [d.rank_w, d.rank_a, d.rank_g, rank_v]
         source = ("tokens", "emb") if first else ("stream", "parts")
+        matrices = ("receptance", "key", "value", "w1", "a1", "g1", *(["v1"] if rank_v else []))
         return self._kernel(
             "v7_time_mix_in",
-            {"EMBED": int(first), "RANK_V": rank_v, **self._ranks()},
+            {"EMBED": int(first), "RANK_V": rank_v, "INT8": self._mask(f"blocks.{layer}.att.", matrices),
+             **self._ranks()},
             tile,
             self.tuning.channel_mix_split,
             (
-                *source, "shift", "ln.weight", "ln.bias", "mix", "receptance", "key", "value", "w1", "a1", "g1",
-                *(["v1"] if rank_v else []),
+                *source, "shift", "ln.weight", "ln.bias", "mix", *matrices, *(f"{name}.scale" for name in matrices),
             ),
             ("stream", "shift", "r", "k", "v", "hw", "ha", "hg", *(["hv"] if rank_v else [])),
             (sum(-(-n // tile) for n in columns), 1, 1),
@@ -176,15 +193,16 @@ class Kernels:
     def wkv(self, layer: int) -> FusedKernel:
         """Second halves of the LoRAs, the recurrence, group norm, bonus, gate."""
         d, rank_v = self.dimensions, self.dimensions.rank_v if layer else 0
-        bring = min(self.tuning.bring, d.width * d.hidden * _ITEM[d.dtype]) // 128 * 128
+        item = 1 if f"blocks.{layer}.ffn.key" in self.int8 else _ITEM[d.dtype]
+        bring = min(self.tuning.bring, d.width * d.hidden * item) // 128 * 128
         return self._kernel(
             "v7_wkv",
-            {"RANK_V": rank_v, "BRING": bring, **self._ranks()},
+            {"RANK_V": rank_v, "BRING": bring, "INT8": self._mask(f"blocks.{layer}.att.", ("g2",)), **self._ranks()},
             d.head_size,
             0,
             (
                 "r", "k", "v", "hw", "ha", "hg", *(["hv", "v_first"] if rank_v else []), "w2", "a2", "g2",
-                *(["v2"] if rank_v else []), "w0", "a0", *(["v0"] if rank_v else []), "k_k", "k_a", "r_k",
+                "g2.scale", *(["v2"] if rank_v else []), "w0", "a0", *(["v0"] if rank_v else []), "k_k", "k_a", "r_k",
                 "ln_x.weight", "ln_x.bias", "wkv", *(["next"] if bring else []),
             ),
             ("y", "wkv"),
@@ -193,39 +211,39 @@ class Kernels:
             batch=1,
         )  # fmt: skip
 
-    def time_mix_out(self) -> FusedKernel:
+    def time_mix_out(self, layer: int) -> FusedKernel:
         """Output, as partial sums for the residual stream."""
-        split = self.tuning.time_mix_split
-        return self._project("y", "output", self.dimensions.inner, self.tuning.time_mix_out, split, skip=False)
+        tile, split = self.tuning.time_mix_out, self.tuning.time_mix_split
+        return self._project("y", f"blocks.{layer}.att.", "output", self.dimensions.inner, tile, split, skip=False)
 
-    def channel_mix_in(self) -> FusedKernel:
+    def channel_mix_in(self, layer: int) -> FusedKernel:
         """Residual sum, norm, mix, key, reluÂ²."""
         d, tile = self.dimensions, self.tuning.channel_mix_in
         return self._kernel(
             "v7_channel_mix_in",
-            {"HIDDEN": d.hidden},
+            {"HIDDEN": d.hidden, "INT8": self._mask(f"blocks.{layer}.ffn.", ("key",))},
             tile,
             self.tuning.time_mix_split,
-            ("stream", "parts", "shift", "ln.weight", "ln.bias", "mix", "key"),
+            ("stream", "parts", "shift", "ln.weight", "ln.bias", "mix", "key", "key.scale"),
             ("stream", "shift", "hidden"),
             (-(-d.hidden // tile), 1, 1),
             self.batch * d.width,
         )
 
-    def channel_mix_out(self) -> FusedKernel:
+    def channel_mix_out(self, layer: int) -> FusedKernel:
         """Value, as partial sums for the residual stream."""
-        split, skip = self.tuning.channel_mix_split, self.tuning.skip
-        return self._project("hidden", "value", self.dimensions.hidden, self.tuning.channel_mix_out, split, skip)
+        tile, split, skip = self.tuning.channel_mix_out, self.tuning.channel_mix_split, self.tuning.skip
+        return self._project("hidden", f"blocks.{layer}.ffn.", "value", self.dimensions.hidden, tile, split, skip)
 
     def head(self) -> FusedKernel:
         """Last norm and head: logits, and the largest of every block."""
         d, tile = self.dimensions, self.tuning.head
         return self._kernel(
             "head",
-            {"VOCABULARY": d.vocabulary},
+            {"VOCABULARY": d.vocabulary, "INT8": self._mask("", ("head",))},
             tile,
             self.tuning.channel_mix_split,
-            ("stream", "parts", "ln_out.weight", "ln_out.bias", "head"),
+            ("stream", "parts", "ln_out.weight", "ln_out.bias", "head", "head.scale"),
             ("logits", "best", "best_at"),
             (self.head_blocks, 1, 1),
             self.batch * d.width,
@@ -241,13 +259,19 @@ class Kernels:
         """Blocks of `head`: as many largest values it leaves for each stream."""
         return -(-self.dimensions.vocabulary // self.tuning.head)
 
-    def _project(self, source: str, matrix: str, rows: int, tile: int, split: int, skip: bool) -> FusedKernel:
+    def _mask(self, prefix: str, matrices: Sequence[str]) -> int:
+        """A bit for each matrix that is int8."""
+        return sum(1 << bit for bit, name in enumerate(matrices) if prefix + name in self.int8)
+
+    def _project(
+        self, source: str, prefix: str, matrix: str, rows: int, tile: int, split: int, skip: bool
+    ) -> FusedKernel:
         return self._kernel(
             "v7_project",
-            {"FROM": rows, "SPLIT": split, "SKIP": int(skip)},
+            {"FROM": rows, "SPLIT": split, "SKIP": int(skip), "INT8": self._mask(prefix, (matrix,))},
             tile,
             0,
-            (source, matrix),
+            (source, matrix, f"{matrix}.scale"),
             ("parts",),
             (-(-self.dimensions.width // tile), split, 1),
             self.batch * -(-rows // split),
@@ -273,12 +297,13 @@ class Kernels:
         macros = {
             "KERNEL": f"rwkv_{source}", "ACT": TYPES[d.dtype], "WEIGHT": TYPES[d.dtype], "HEAD": d.head_size,
             "THREADS": self.tuning.threads, "BATCH": batch or self.batch, "WIDTH": d.width, "TILE": tile,
-            "PARTS": parts, "AHEAD": self.tuning.ahead, **defines,
+            "PARTS": parts, "AHEAD": self.tuning.ahead, "INT8": 0, **defines,
         }  # fmt: skip
-        per = 16 // _ITEM[d.dtype]
-        if tile % per or ((tile // per) & (tile // per - 1) and source != "v7_wkv") or tile > per * WARP:
+        least, most = 16 if macros["INT8"] else 16 // _ITEM[d.dtype], 16 // _ITEM[d.dtype] * WARP
+        if source != "v7_wkv" and (tile < least or tile & (tile - 1) or tile > min(most, self.tuning.threads)):
             raise InputError(
-                f"a tile of {source} must be {per} columns times a power of two up to {WARP}; found {tile}"
+                f"a tile of {source} must be a power of two from {least} to {min(most, self.tuning.threads)} columns; "
+                f"found {tile}"
             )
         return FusedKernel(
             name=str(macros["KERNEL"]),

@@ -140,12 +140,13 @@ class CudaSession:
         initial = artifact.manifest.initial_state
         self.initial_hash = None if initial is None else artifact.manifest.files[initial].sha256
         self._dimensions = dimensions_of(self.spec)
+        _check_scheme(artifact)
         if check_content:
             artifact.check_content(INDEX_FILE, WEIGHTS_FILE)
         self._driver = Driver(device)
         self._tuning = tuning or default_tuning(self._dimensions)
         self._start = initial_arrays(artifact)
-        self._memory, self._weights = _loaded(self._driver, artifact.path)
+        self._memory, self._weights, self._int8 = _loaded(self._driver, artifact.path)
         self._chains: dict[int, Chain] = {}
 
     @property
@@ -291,9 +292,27 @@ class CudaSession:
 
     def _chain(self, batch: int) -> Chain:
         if batch not in self._chains:
-            kernels = Kernels(self._dimensions, batch, self._tuning)
+            kernels = Kernels(self._dimensions, batch, self._tuning, self._int8)
             self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights)
         return self._chains[batch]
+
+
+def _check_scheme(artifact: Artifact) -> None:
+    """Refuse quantized artifacts whose meaning the kernels do not have.
+
+    Raises:
+        SessionError: int8 activations, int4, or an int8 embedding.
+    """
+    facts = artifact.manifest.quantization
+    if facts is None:
+        return
+    formats = {*facts.get("formats", {}).values()} - {"float", "w8"}
+    if formats or facts.get("embedding") == "int8":
+        found = ", ".join(sorted(formats)) or "an int8 embedding"
+        raise SessionError(
+            f"the backend 'cuda' runs float and int8 weights (--scheme w8, --embedding float), not {found}; "
+            "quantize again, or use another backend"
+        )
 
 
 def default_tuning(dimensions: Dimensions) -> Tuning:
@@ -305,8 +324,10 @@ def default_tuning(dimensions: Dimensions) -> Tuning:
     return SMALL if dimensions.width < WIDE else LARGE
 
 
-def _loaded(driver: Driver, folder: Path) -> tuple[int, dict[str, int]]:
-    """weights.bin on the device: its address, and those of the tensors by name.
+def _loaded(driver: Driver, folder: Path) -> tuple[int, dict[str, int], frozenset[str]]:
+    """weights.bin on the device: its address, those of the tensors by name, and the names of int8 matrices.
+
+    A matrix in int8 is stored as ``NAME.q`` and ``NAME.scale``; of one in float, the scale's address is its own.
 
     Raises:
         ArtifactError: weights.json does not fit it.
@@ -315,12 +336,20 @@ def _loaded(driver: Driver, folder: Path) -> tuple[int, dict[str, int]]:
         data = np.memmap(folder / WEIGHTS_FILE, np.uint8, mode="r")
         entries = json.loads((folder / INDEX_FILE).read_bytes())
         offsets: dict[str, int] = {}
+        int8: set[str] = set()
         for entry in entries:
             start, nbytes = int(entry["offset"]), int(entry["nbytes"])
             expected = int(np.prod([int(n) for n in entry["shape"]])) * ITEM_SIZE[str(entry["dtype"])]
             if nbytes != expected or start < 0 or start + nbytes > data.size or start % 16:
                 raise ValueError(f"'{entry['name']}' does not lie inside {WEIGHTS_FILE}")
-            offsets[str(entry["name"])] = start
+            name = str(entry["name"])
+            if str(entry["dtype"]) in ("int4", "uint4"):
+                raise SessionError("the backend 'cuda' has no int4 kernels; quantize with --scheme w8, or use another")
+            offsets[name.removesuffix(".q")] = start
+            if name.endswith(".q"):
+                int8.add(name.removesuffix(".q"))
+            else:
+                offsets.setdefault(f"{name}.scale", start)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder / INDEX_FILE} cannot be used ({error}); export the checkpoint again") from error
     if driver.free_memory() < data.size:
@@ -329,7 +358,7 @@ def _loaded(driver: Driver, folder: Path) -> tuple[int, dict[str, int]]:
         )
     memory = driver.allocate(data.size)
     driver.upload_file(data, memory)
-    return memory, {name: memory + offset for name, offset in offsets.items()}
+    return memory, {name: memory + offset for name, offset in offsets.items()}, frozenset(int8)
 
 
 def _end(places: Mapping[str, tuple[int, int]]) -> int:

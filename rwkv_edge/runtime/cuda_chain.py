@@ -81,7 +81,8 @@ class Chain:
             driver: the GPU.
             spec: of the model.
             kernels: its kernels.
-            weights: device addresses by name, those of `rwkv_edge.models.v7.params`.
+            weights: device addresses by name, those of `rwkv_edge.models.v7.params`, and for every matrix that of its
+                scale; for one in float, any.
         """
         self._driver, self._spec, self._kernels, self._weights = driver, spec, kernels, weights
         self._functions: dict[FusedKernel, Any] = {}
@@ -112,7 +113,7 @@ class Chain:
         if give != "state":
             buffers = self._buffers.by_name
             places = {**buffers, "stream": buffers["stream.0"], "logits": outputs.logits}
-            places |= {name: self._weights[name] for name in ("ln_out.weight", "ln_out.bias", "head")}
+            places |= {name: self._weights[name] for name in ("ln_out.weight", "ln_out.bias", "head", "head.scale")}
             found.append(self._launch(self._kernels.head(), places, places))
         if give == "choice":
             found.append(self._launch(self._kernels.argmax(), self._buffers.by_name, {"tokens": outputs.tokens}))
@@ -151,7 +152,7 @@ class Chain:
         return [
             self._launch(kernels.time_mix_in(layer), inputs, first),
             self._launch(kernels.wkv(layer), inputs, second),
-            self._launch(kernels.time_mix_out(), inputs, buffers),
+            self._launch(kernels.time_mix_out(layer), inputs, buffers),
         ]
 
     def _channel_mix(self, layer: int, state: StatePlaces, side: int) -> list[Launch]:
@@ -160,8 +161,8 @@ class Chain:
         inputs = {**buffers, **ffn, "stream": buffers["stream.1"], "shift": state.shifts[side][layer][1]}
         outputs = {**buffers, "stream": buffers["stream.0"], "shift": state.shifts[1 - side][layer][1]}
         return [
-            self._launch(kernels.channel_mix_in(), inputs, outputs),
-            self._launch(kernels.channel_mix_out(), inputs, outputs),
+            self._launch(kernels.channel_mix_in(layer), inputs, outputs),
+            self._launch(kernels.channel_mix_out(layer), inputs, outputs),
         ]
 
     def _named(self, prefix: str) -> dict[str, int]:

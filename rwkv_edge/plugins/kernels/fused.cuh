@@ -5,7 +5,9 @@
 // sums meet in registers, then in shared memory. Inputs are in shared memory as float; sums are float.
 //
 // Compile-time parameters (-D), beside those of common.cuh:
-//   WEIGHT   Float, Half or Brain: the type of matrices; ACT is that of vectors and of token-shift states
+//   WEIGHT   Float, Half or Brain: the type of matrices; ACT is that of vectors, scales and token-shift states
+//   INT8     which matrices of the kernel are int8 instead, a bit for each in the order of its arguments. Such a matrix
+//            has a scale for each column; the arguments `..._scale` of the others are not read.
 //   BATCH    streams, 1 to 8
 //   WIDTH    D, a multiple of 8
 //   TILE     columns of a block
@@ -15,8 +17,9 @@
 #include "common.cuh"
 
 typedef WEIGHT Weight;
+struct Int8 { signed char bits; };
 
-constexpr int PER = 16 / sizeof(Weight);  // weights of one load
+template <typename T> constexpr int PER = 16 / sizeof(T);  // weights of one load
 constexpr int WARPS = THREADS / 32;
 
 // A kernel may start before the one ahead of it in the stream has ended (programmatic dependent launch): before it waits
@@ -67,6 +70,16 @@ __device__ __forceinline__ void widen_raw(float (&out)[4], uint4 raw, Float) {
     out[2] = __uint_as_float(raw.z), out[3] = __uint_as_float(raw.w);
 }
 
+// A byte moved into the last places of 2^23 is an integer's float: three bytes and the exponent in one permutation.
+__device__ __forceinline__ void widen_raw(float (&out)[16], uint4 raw, Int8) {
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        const unsigned shifted = words[i / 4] ^ 0x80808080u;  // from -128..127 to 0..255
+        out[i] = __uint_as_float(__byte_perm(shifted, 0x4b000000u, 0x7650 + i % 4)) - 8388736.0f;  // 2^23 + 128
+    }
+}
+
 __device__ constexpr int power_of_two(int least) {
     int power = 1;
     while (power < least) power *= 2;
@@ -76,25 +89,26 @@ __device__ constexpr int power_of_two(int least) {
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 
 // `rows` rows of a matrix, `tile` of its columns. Loads are issued by prefetch() and by add(), at most AHEAD at once.
-template <int rows, int tile> struct Columns {
-    static constexpr int SPAN = power_of_two((tile + PER - 1) / PER);
+template <typename T, int rows, int tile> struct Columns {
+    static constexpr int MANY = PER<T>;
+    static constexpr int SPAN = power_of_two((tile + MANY - 1) / MANY);
     static constexpr int GROUPS = THREADS / SPAN;  // rows read at once
     static constexpr int TURNS = (rows + GROUPS - 1) / GROUPS;
     static constexpr int DEPTH = TURNS < AHEAD ? TURNS : AHEAD;
     static_assert(SPAN <= 32 && GROUPS >= 1, "a row of the tile is read by one warp");
 
-    const Weight* from;
+    const T* from;
     long long jump;
     int group;
     bool inside;
     uint4 raw[DEPTH];
 
     // Columns `first` to `first + tile` of a matrix of `columns`, of the rows from `top` on.
-    __device__ __forceinline__ Columns(const Weight* matrix, int columns, int top, int first) {
+    __device__ __forceinline__ Columns(const T* matrix, int columns, int top, int first) {
         const int lane = threadIdx.x % SPAN;
         group = threadIdx.x / SPAN;
-        inside = lane * PER < tile && first + lane * PER < columns;
-        from = matrix + static_cast<long long>(top + group) * columns + first + lane * PER;
+        inside = lane * MANY < tile && first + lane * MANY < columns;
+        from = matrix + static_cast<long long>(top + group) * columns + first + lane * MANY;
         jump = static_cast<long long>(GROUPS) * columns;
     }
     __device__ __forceinline__ void fetch(int slot, int turn) {
@@ -106,20 +120,20 @@ template <int rows, int tile> struct Columns {
         for (int turn = 0; turn < DEPTH; ++turn) fetch(turn, turn);
     }
     // sums[b][e] += x[b * pitch + row] * matrix[row][e] over all rows; lanes beyond the columns add zeros
-    __device__ __forceinline__ void add(float (&sums)[BATCH][PER], const float* x, int pitch) {
+    __device__ __forceinline__ void add(float (&sums)[BATCH][MANY], const float* x, int pitch) {
 #pragma unroll 1  // DEPTH turns of code at a time: all of them would compile for seconds and miss the instruction cache
         for (int first = 0; first < TURNS; first += DEPTH) {
 #pragma unroll
             for (int slot = 0; slot < DEPTH; ++slot) {
                 const int row = group + (first + slot) * GROUPS;
-                float weights[PER];
-                widen_raw(weights, raw[slot], Weight{});
+                float weights[MANY];
+                widen_raw(weights, raw[slot], T{});
                 if (DEPTH < TURNS) fetch(slot, first + slot + DEPTH);
 #pragma unroll
                 for (int b = 0; b < BATCH; ++b) {
                     const float input = row < rows ? x[b * pitch + row] : 0.0f;
 #pragma unroll
-                    for (int e = 0; e < PER; ++e) sums[b][e] += input * weights[e];
+                    for (int e = 0; e < MANY; ++e) sums[b][e] += input * weights[e];
                 }
             }
         }
@@ -127,19 +141,20 @@ template <int rows, int tile> struct Columns {
 };
 
 // Sums of the groups of a warp: to[b * tile + column] for the columns of this warp. Every step halves what a lane holds.
-template <int SPAN> __device__ __forceinline__ void warp_sums(float (&sums)[BATCH][PER], float* to, int tile) {
+template <int SPAN, int MANY>
+__device__ __forceinline__ void warp_sums(float (&sums)[BATCH][MANY], float* to, int tile) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
-        int base = lane % SPAN * PER;
-        int count = PER;
+        int base = lane % SPAN * MANY;
+        int count = MANY;
 #pragma unroll
         for (int offset = 16; offset >= SPAN; offset /= 2) {
             const bool upper = lane & offset;
             if (count > 1) {
                 count /= 2;
 #pragma unroll
-                for (int e = 0; e < PER / 2; ++e) {
+                for (int e = 0; e < MANY / 2; ++e) {
                     if (e < count) {
                         const float kept = upper ? sums[b][e + count] : sums[b][e];
                         const float sent = upper ? sums[b][e] : sums[b][e + count];
@@ -152,7 +167,7 @@ template <int SPAN> __device__ __forceinline__ void warp_sums(float (&sums)[BATC
             }
         }
 #pragma unroll
-        for (int e = 0; e < PER; ++e)
+        for (int e = 0; e < MANY; ++e)
             if (e < count && base + e < tile) to[b * tile + base + e] = sums[b][e];
     }
 }

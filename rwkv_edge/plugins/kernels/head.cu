@@ -3,13 +3,20 @@
 // Further parameter: VOCABULARY. Grid (blocks of columns).
 #include "fused.cuh"
 
+#if INT8
+typedef Int8 Matrix;
+#else
+typedef Weight Matrix;
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* stream_in, const float* parts, const Act* __restrict__ norm_weight,
-    const Act* __restrict__ norm_bias, const Weight* __restrict__ head, float* logits, float* best, int* best_at) {
+    const Act* __restrict__ norm_bias, const Matrix* __restrict__ head, const Act* __restrict__ head_scale, float* logits,
+    float* best, int* best_at) {
     extern __shared__ float inputs[];  // [BATCH, WIDTH]
     __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
     const int first = blockIdx.x * TILE;
-    Columns<WIDTH, TILE> rows(head, VOCABULARY, 0, first);
+    Columns<Matrix, WIDTH, TILE> rows(head, VOCABULARY, 0, first);
     rows.prefetch();
     const Vector weight(norm_weight), bias(norm_bias);
     wait_for_previous();
@@ -24,10 +31,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
             if (place(q) < WIDTH) store4(inputs + b * WIDTH + place(q), stream.x[b][q]);
     __syncthreads();
 
-    float sums[BATCH][PER] = {};
+    float sums[BATCH][PER<Matrix>] = {};
     rows.add(sums, inputs, WIDTH);
     constexpr int pitch = BATCH * TILE;
-    warp_sums<Columns<WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
+    warp_sums<Columns<Matrix, WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
     __syncthreads();
     // a warp at a time has one stream: the largest logit of the block, the first of equals
     for (int b = threadIdx.x / 32; b < BATCH; b += WARPS) {
@@ -36,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         for (int at = threadIdx.x % 32; at < TILE; at += 32) {
             const int column = first + at;
             if (column >= VOCABULARY) continue;
-            const float logit = over_warps(scratch, pitch, b * TILE + at);
+            float logit = over_warps(scratch, pitch, b * TILE + at);
+            if (INT8) logit *= widen(head_scale[column]);
             logits[static_cast<long long>(b) * VOCABULARY + column] = logit;
             if (logit > top || top_at == 0x7fffffff) top = logit, top_at = column;
         }

@@ -3,17 +3,25 @@
 // Further parameter: HIDDEN (F). Grid (blocks of columns). stream_out must not be stream, nor shift_out shift.
 #include "fused.cuh"
 
+#if INT8
+typedef Int8 Matrix;
+#else
+typedef Weight Matrix;
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* stream_in, const float* parts, const Act* shift, const Act* __restrict__ norm_weight,
-    const Act* __restrict__ norm_bias, const Act* __restrict__ mix, const Weight* __restrict__ key, float* stream_out,
-    Act* shift_out, float* hidden) {
+    const Act* __restrict__ norm_bias, const Act* __restrict__ mix, const Matrix* __restrict__ key,
+    const Act* __restrict__ key_scale, float* stream_out, Act* shift_out, float* hidden) {
     extern __shared__ float inputs[];  // [BATCH, WIDTH]
     __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
     const int first = blockIdx.x * TILE;
-    Columns<WIDTH, TILE> rows(key, HIDDEN, 0, first);
+    Columns<Matrix, WIDTH, TILE> rows(key, HIDDEN, 0, first);
     rows.prefetch();
     const Vector weight(norm_weight), bias(norm_bias), share(mix);
     const Rows before(shift);
+    const int own = first + threadIdx.x % TILE;  // column of every sum that this thread finishes
+    const float scale = INT8 && own < HIDDEN ? widen(key_scale[own]) : 1.0f;
     wait_for_previous();
 
     Stream stream;
@@ -24,15 +32,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     if (blockIdx.x == 0) stream.keep_act(shift_out);
     __syncthreads();
 
-    float sums[BATCH][PER] = {};
+    float sums[BATCH][PER<Matrix>] = {};
     rows.add(sums, inputs, WIDTH);
     constexpr int pitch = BATCH * TILE;
-    warp_sums<Columns<WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
+    warp_sums<Columns<Matrix, WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
     __syncthreads();
     for (int at = threadIdx.x; at < pitch; at += THREADS) {
-        const int column = first + at % TILE;
-        if (column >= HIDDEN) continue;
-        const float positive = fmaxf(over_warps(scratch, pitch, at), 0.0f);
-        hidden[at / TILE * HIDDEN + column] = positive * positive;
+        if (own >= HIDDEN) continue;
+        const float positive = fmaxf(over_warps(scratch, pitch, at) * scale, 0.0f);
+        hidden[at / TILE * HIDDEN + own] = positive * positive;
     }
 }

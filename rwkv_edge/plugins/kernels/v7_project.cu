@@ -5,6 +5,12 @@
 // Grid (blocks of columns, SPLIT).
 #include "fused.cuh"
 
+#if INT8
+typedef Int8 Matrix;
+#else
+typedef Weight Matrix;
+#endif
+
 constexpr int SLICE = (FROM + SPLIT - 1) / SPLIT;
 
 #if SKIP
@@ -44,16 +50,18 @@ __device__ __forceinline__ int listed(unsigned short* list, const float* inputs,
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
-    const float* input, const Weight* __restrict__ matrix, float* parts) {
+    const float* input, const Matrix* __restrict__ matrix, const Act* __restrict__ scale, float* parts) {
     extern __shared__ float inputs[];  // [BATCH, SLICE]
     __shared__ float scratch[WARPS * BATCH * TILE];
     const int first = blockIdx.x * TILE, top = blockIdx.y * SLICE;
     const int rows = FROM - top < SLICE ? FROM - top : SLICE;
-    typedef Columns<SLICE, TILE> Rows;
-    Rows slice(matrix, WIDTH, top, first);
+    typedef Columns<Matrix, SLICE, TILE> Slice;
+    Slice slice(matrix, WIDTH, top, first);
 #if !SKIP
     if (rows == SLICE) slice.prefetch();
 #endif
+    const int own = first + threadIdx.x % TILE;  // column of every sum that this thread finishes
+    const float factor = INT8 && own < WIDTH ? widen(scale[own]) : 1.0f;
     wait_for_previous();
     for (int at = threadIdx.x; at < BATCH * SLICE; at += THREADS) {
         const int b = at / SLICE, row = at % SLICE;
@@ -61,31 +69,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     }
     __syncthreads();
 
-    float sums[BATCH][PER] = {};
+    float sums[BATCH][PER<Matrix>] = {};
 #if SKIP
     __shared__ unsigned short list[SLICE];
     __shared__ int counts[WARPS];
     const int count = listed(list, inputs, rows, counts);
-    const Weight* corner = matrix + static_cast<long long>(top) * WIDTH + first + threadIdx.x % Rows::SPAN * PER;
-    for (int start = 0; start < count; start += Rows::GROUPS * AHEAD) {
+    const Matrix* corner = matrix + static_cast<long long>(top) * WIDTH + first + threadIdx.x % Slice::SPAN * PER<Matrix>;
+    for (int start = 0; start < count; start += Slice::GROUPS * AHEAD) {
         uint4 raw[AHEAD];
         int row[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const int at = start + slice.group + i * Rows::GROUPS;
+            const int at = start + slice.group + i * Slice::GROUPS;
             row[i] = at < count ? list[at] : -1;
             raw[i] = {};
             if (row[i] >= 0 && slice.inside) raw[i] = load_once(corner + static_cast<long long>(row[i]) * WIDTH);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            float weights[PER];
-            widen_raw(weights, raw[i], Weight{});
+            float weights[PER<Matrix>];
+            widen_raw(weights, raw[i], Matrix{});
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) {
                 const float x = row[i] >= 0 ? inputs[b * SLICE + row[i]] : 0.0f;
 #pragma unroll
-                for (int e = 0; e < PER; ++e) sums[b][e] += x * weights[e];
+                for (int e = 0; e < PER<Matrix>; ++e) sums[b][e] += x * weights[e];
             }
         }
     }
@@ -93,24 +101,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     if (rows == SLICE) {
         slice.add(sums, inputs, SLICE);
     } else {  // the last, shorter slice: no row beyond the matrix is read
-        const Weight* corner = matrix + static_cast<long long>(top) * WIDTH + first + threadIdx.x % Rows::SPAN * PER;
-        for (int row = slice.group; row < rows; row += Rows::GROUPS) {
-            float weights[PER];
+        const Matrix* corner = matrix + static_cast<long long>(top) * WIDTH + first + threadIdx.x % Slice::SPAN * PER<Matrix>;
+        for (int row = slice.group; row < rows; row += Slice::GROUPS) {
+            float weights[PER<Matrix>];
             uint4 raw = {};
             if (slice.inside) raw = load_once(corner + static_cast<long long>(row) * WIDTH);
-            widen_raw(weights, raw, Weight{});
+            widen_raw(weights, raw, Matrix{});
 #pragma unroll
             for (int b = 0; b < BATCH; ++b)
 #pragma unroll
-                for (int e = 0; e < PER; ++e) sums[b][e] += inputs[b * SLICE + row] * weights[e];
+                for (int e = 0; e < PER<Matrix>; ++e) sums[b][e] += inputs[b * SLICE + row] * weights[e];
         }
     }
 #endif
     constexpr int pitch = BATCH * TILE;
-    warp_sums<Rows::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
+    warp_sums<Slice::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
     __syncthreads();
     for (int at = threadIdx.x; at < pitch; at += THREADS) {
-        const int b = at / TILE, column = first + at % TILE;
-        if (column < WIDTH) parts[(blockIdx.y * BATCH + b) * WIDTH + column] = over_warps(scratch, pitch, at);
+        if (own < WIDTH) parts[(blockIdx.y * BATCH + at / TILE) * WIDTH + own] = over_warps(scratch, pitch, at) * factor;
     }
 }

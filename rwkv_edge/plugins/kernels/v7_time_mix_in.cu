@@ -9,16 +9,70 @@
 enum Mix { MIX_R, MIX_W, MIX_K, MIX_V, MIX_A, MIX_G };  // the order in which the coefficients are stored
 
 struct Product {
-    const Weight* matrix;
+    const void* matrix;
+    const Act* scale;
     float* to;  // [B, columns]
     int columns, mix, tile;
+    bool is_int8;
 };
 
-__device__ __forceinline__ bool is_mine(Product& product, int& block, const Weight* matrix, float* to, int columns, int mix) {
+__device__ __forceinline__ bool is_mine(
+    Product& product, int& block, int index, const void* matrix, const Act* scale, float* to, int columns, int mix) {
     const int blocks = (columns + TILE - 1) / TILE;
-    product = {matrix, to, columns, mix, block};
+    product = {matrix, scale, to, columns, mix, block, (INT8 >> index & 1) != 0};
     block -= blocks;
     return block < 0;
+}
+
+struct Source {
+#if EMBED
+    const int* tokens;
+    const Act* table;
+#else
+    const float* stream;
+    const float* parts;
+#endif
+    const Act *shift, *norm_weight, *norm_bias, *mix;
+    float* stream_out;
+    Act* shift_out;
+};
+
+template <typename T> __device__ __forceinline__ void compute(const Product& mine, const Source& source) {
+    extern __shared__ float inputs[];  // [BATCH, WIDTH]
+    __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
+    constexpr int pitch = BATCH * TILE;
+    const int first = mine.tile * TILE;
+    const int own = first + threadIdx.x % TILE;  // column of the first sum that this thread finishes, and of all others
+    Columns<T, WIDTH, TILE> rows(static_cast<const T*>(mine.matrix), mine.columns, 0, first);
+    rows.prefetch();
+    const Vector weight(source.norm_weight), bias(source.norm_bias), share(source.mix + mine.mix * WIDTH);
+    const Rows before(source.shift);
+    const float scale = sizeof(T) == 1 && own < mine.columns ? widen(mine.scale[own]) : 1.0f;
+    wait_for_previous();
+
+    Stream stream;
+#if EMBED
+    stream.load_rows(source.tokens, source.table);
+#else
+    stream.load(source.stream, source.parts);
+#endif
+    if (blockIdx.x == 0) stream.keep(source.stream_out);
+    stream.normalize(weight, bias, scratch);
+    stream.shift(inputs, before, share);
+    if (blockIdx.x == 0) stream.keep_act(source.shift_out);
+    __syncthreads();
+
+    float sums[BATCH][PER<T>] = {};
+    rows.add(sums, inputs, WIDTH);
+    warp_sums<Columns<T, WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
+    __syncthreads();
+    for (int at = threadIdx.x; at < pitch; at += THREADS) {  // TILE divides THREADS, or no thread comes back
+        if (own >= mine.columns) continue;
+        float sum = over_warps(scratch, pitch, at) * scale;
+        if (mine.mix == MIX_W) sum = tanhf(sum);
+        if (mine.mix == MIX_G) sum = sigmoid(sum);
+        mine.to[at / TILE * mine.columns + own] = sum;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
@@ -28,59 +82,44 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* stream_in, const float* parts,
 #endif
     const Act* shift, const Act* __restrict__ norm_weight, const Act* __restrict__ norm_bias,
-    const Act* __restrict__ mix, const Weight* __restrict__ receptance, const Weight* __restrict__ key,
-    const Weight* __restrict__ value, const Weight* __restrict__ w1, const Weight* __restrict__ a1,
-    const Weight* __restrict__ g1,
+    const Act* __restrict__ mix, const void* __restrict__ receptance, const void* __restrict__ key,
+    const void* __restrict__ value, const void* __restrict__ w1, const void* __restrict__ a1,
+    const void* __restrict__ g1,
 #if RANK_V
-    const Weight* __restrict__ v1,
+    const void* __restrict__ v1,
+#endif
+    const Act* __restrict__ receptance_scale, const Act* __restrict__ key_scale, const Act* __restrict__ value_scale,
+    const Act* __restrict__ w1_scale, const Act* __restrict__ a1_scale, const Act* __restrict__ g1_scale,
+#if RANK_V
+    const Act* __restrict__ v1_scale,
 #endif
     float* stream_out, Act* shift_out, float* r, float* k, float* v, float* hw, float* ha, float* hg
 #if RANK_V
     , float* hv
 #endif
 ) {
-    extern __shared__ float inputs[];  // [BATCH, WIDTH]
-    __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
-
     Product mine;
     int block = blockIdx.x;
-    if (!is_mine(mine, block, receptance, r, INNER, MIX_R) && !is_mine(mine, block, key, k, INNER, MIX_K) &&
-        !is_mine(mine, block, value, v, INNER, MIX_V) && !is_mine(mine, block, w1, hw, RANK_W, MIX_W) &&
-        !is_mine(mine, block, a1, ha, RANK_A, MIX_A) && !is_mine(mine, block, g1, hg, RANK_G, MIX_G)) {
+    if (!is_mine(mine, block, 0, receptance, receptance_scale, r, INNER, MIX_R) &&
+        !is_mine(mine, block, 1, key, key_scale, k, INNER, MIX_K) &&
+        !is_mine(mine, block, 2, value, value_scale, v, INNER, MIX_V) &&
+        !is_mine(mine, block, 3, w1, w1_scale, hw, RANK_W, MIX_W) &&
+        !is_mine(mine, block, 4, a1, a1_scale, ha, RANK_A, MIX_A) &&
+        !is_mine(mine, block, 5, g1, g1_scale, hg, RANK_G, MIX_G)) {
 #if RANK_V
-        is_mine(mine, block, v1, hv, RANK_V, MIX_V);
+        is_mine(mine, block, 6, v1, v1_scale, hv, RANK_V, MIX_V);
 #endif
     }
-    const int first = mine.tile * TILE;
-    Columns<WIDTH, TILE> rows(mine.matrix, mine.columns, 0, first);
-    rows.prefetch();
-    const Vector weight(norm_weight), bias(norm_bias), share(mix + mine.mix * WIDTH);
-    const Rows before(shift);
-    wait_for_previous();
-
-    Stream stream;
 #if EMBED
-    stream.load_rows(tokens, table);
+    const Source source = {tokens, table, shift, norm_weight, norm_bias, mix, stream_out, shift_out};
 #else
-    stream.load(stream_in, parts);
+    const Source source = {stream_in, parts, shift, norm_weight, norm_bias, mix, stream_out, shift_out};
 #endif
-    if (blockIdx.x == 0) stream.keep(stream_out);
-    stream.normalize(weight, bias, scratch);
-    stream.shift(inputs, before, share);
-    if (blockIdx.x == 0) stream.keep_act(shift_out);
-    __syncthreads();
-
-    float sums[BATCH][PER] = {};
-    rows.add(sums, inputs, WIDTH);
-    constexpr int pitch = BATCH * TILE;
-    warp_sums<Columns<WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
-    __syncthreads();
-    for (int at = threadIdx.x; at < pitch; at += THREADS) {
-        const int column = first + at % TILE;
-        if (column >= mine.columns) continue;
-        float sum = over_warps(scratch, pitch, at);
-        if (mine.mix == MIX_W) sum = tanhf(sum);
-        if (mine.mix == MIX_G) sum = sigmoid(sum);
-        mine.to[at / TILE * mine.columns + column] = sum;
+#if INT8
+    if (mine.is_int8) {
+        compute<Int8>(mine, source);
+        return;
     }
+#endif
+    compute<Weight>(mine, source);
 }

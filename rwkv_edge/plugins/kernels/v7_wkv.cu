@@ -17,13 +17,18 @@ constexpr int LORAS = RANK_V > 0 ? 4 : 3;
 constexpr int FINISHED = (LORAS * HEAD + THREADS - 1) / THREADS;
 constexpr float DECAY_SCALE = -0.6065306597126334f;  // -exp(-0.5)
 
-template <int rank> using SecondHalf = Columns<rank, HEAD>;
+#if INT8
+typedef Int8 Gate;  // g2 alone may be int8: the others feed the state
+#else
+typedef Weight Gate;
+#endif
 
 // What a matrix adds to the head's channels, summed over each warp: to[warp * pitch + channel].
-template <int rank> __device__ __forceinline__ void second_half(SecondHalf<rank>& matrix, const float* hidden, float* to, int pitch) {
-    float sums[BATCH][PER] = {};
+template <typename T, int rank>
+__device__ __forceinline__ void second_half(Columns<T, rank, HEAD>& matrix, const float* hidden, float* to, int pitch) {
+    float sums[BATCH][PER<T>] = {};
     matrix.add(sums, hidden, 0);
-    warp_sums<SecondHalf<rank>::SPAN>(sums, to + threadIdx.x / 32 * pitch, HEAD);
+    warp_sums<Columns<T, rank, HEAD>::SPAN>(sums, to + threadIdx.x / 32 * pitch, HEAD);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
@@ -31,7 +36,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
 #if RANK_V
     const float* hv, const float* v_first,
 #endif
-    const Weight* __restrict__ w2, const Weight* __restrict__ a2, const Weight* __restrict__ g2,
+    const Weight* __restrict__ w2, const Weight* __restrict__ a2, const Gate* __restrict__ g2,
+    const Act* __restrict__ g2_scale,
 #if RANK_V
     const Weight* __restrict__ v2,
 #endif
@@ -64,12 +70,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const int lane = threadIdx.x % 32, quad = threadIdx.x % QUAD_LANES, group = threadIdx.x / QUAD_LANES;
     const bool has_quad = quad * 4 < HEAD;
 
-    SecondHalf<RANK_W> decay(w2, INNER, 0, channel);
-    SecondHalf<RANK_A> rate(a2, INNER, 0, channel);
-    SecondHalf<RANK_G> gate(g2, INNER, 0, channel);
+    Columns<Weight, RANK_W, HEAD> decay(w2, INNER, 0, channel);
+    Columns<Weight, RANK_A, HEAD> rate(a2, INNER, 0, channel);
+    Columns<Gate, RANK_G, HEAD> gate(g2, INNER, 0, channel);
     decay.prefetch(), rate.prefetch(), gate.prefetch();
 #if RANK_V
-    SecondHalf<RANK_V> blend(v2, INNER, 0, channel);
+    Columns<Weight, RANK_V, HEAD> blend(v2, INNER, 0, channel);
     blend.prefetch();
 #endif
     Packed<float> rows[ROWS];
@@ -89,13 +95,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
             scale_c[c] = norm_weight[at], bias_c[c] = norm_bias[at];
         }
     // of the LoRAs' outputs, LORAS * HEAD in the order w, a, g, v, thread t finishes those at t, t + THREADS, ...
-    float offset[FINISHED];
+    float offset[FINISHED], factor[FINISHED];
 #pragma unroll
     for (int i = 0; i < FINISHED; ++i) {
         const int at = threadIdx.x + i * THREADS, n = channel + at % HEAD;
-        offset[i] = 0.0f;
+        offset[i] = 0.0f, factor[i] = 1.0f;
         if (at < HEAD) offset[i] = w0[n];
         else if (at < 2 * HEAD) offset[i] = widen(a0[n]);
+        else if (INT8 && at < 3 * HEAD) factor[i] = widen(g2_scale[n]);
 #if RANK_V
         else if (at >= 3 * HEAD && at < 4 * HEAD) offset[i] = widen(v0[n]);
 #endif
@@ -132,18 +139,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     __syncthreads();
 
     constexpr int pitch = LORAS * HEAD;
-    second_half<RANK_W>(decay, hidden, partial, pitch);
-    second_half<RANK_A>(rate, hidden + RANK_W, partial + HEAD, pitch);
-    second_half<RANK_G>(gate, hidden + RANK_W + RANK_A, partial + 2 * HEAD, pitch);
+    second_half(decay, hidden, partial, pitch);
+    second_half(rate, hidden + RANK_W, partial + HEAD, pitch);
+    second_half(gate, hidden + RANK_W + RANK_A, partial + 2 * HEAD, pitch);
 #if RANK_V
-    second_half<RANK_V>(blend, hidden + RANK_W + RANK_A + RANK_G, partial + 3 * HEAD, pitch);
+    second_half(blend, hidden + RANK_W + RANK_A + RANK_G, partial + 3 * HEAD, pitch);
 #endif
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < FINISHED; ++i) {
         const int at = threadIdx.x + i * THREADS;
         if (at >= LORAS * HEAD) continue;
-        const float sum = over_warps(partial, pitch, at) + offset[i];
+        const float sum = over_warps(partial, pitch, at) * factor[i] + offset[i];
         if (at < HEAD) w_s[at] = expf(DECAY_SCALE * sigmoid(sum));
         else finished[at] = at < 2 * HEAD || at >= 3 * HEAD ? sigmoid(sum) : sum;
     }
