@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
+from rwkv_edge.evaluation.perplexity import log_probabilities
 from rwkv_edge.runtime.session import Session, chunk_plan
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}
 """Largest |difference| relative to the largest |value|, of logits and of each state tensor, by precision."""
 
 QUANTIZED_TOLERANCE = 0.1  # a last bit that differs moves an activation by a whole step of its scale
+QUANTIZED_KL = 0.2
+"""Nats per token by which a quantized artifact may be from its checkpoint: its quality is for `rwkv-edge eval` to say,
+but another model, or a broken one, is nats away."""
+
+RELATIVE = "relative difference"
 LEAST_NORMAL = 2.0**-14  # of float16: state tensors below it have no relative precision to speak of there
 REPEATED = 24  # tokens that are all the same: the chunk form's weak spot, which random ones do not show
 TAIL = 5  # tokens after the chunks
@@ -33,6 +39,7 @@ class Check:
     name: str
     difference: float | None
     passed: bool
+    measure: str = RELATIVE
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Parity:
     def reason(self) -> str:
         """The first check that failed, in words."""
         failed = next(check for check in self.checks if not check.passed)
-        off = "" if failed.difference is None else f" (relative difference {failed.difference:.2g})"
+        off = "" if failed.difference is None else f" ({failed.measure} {failed.difference:.2g})"
         return f"{failed.name}{off}"
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +80,7 @@ class Parity:
 
     def to_text(self) -> str:
         """One line."""
-        known = [check.difference for check in self.checks if check.difference is not None]
+        known = [c.difference for c in self.checks if c.difference is not None and c.measure == RELATIVE]
         largest = f", largest relative difference {max(known):.2g} of {self.tolerance:g}" if known else ""
         return f"parity by {self.method}: {len(self.checks)} checks over {self.tokens} tokens{largest}"
 
@@ -187,7 +194,19 @@ def _relative(found: np.ndarray, expected: np.ndarray, least: float) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def near_logits(found: np.ndarray, expected: np.ndarray, tolerance: float, tokens: int) -> Parity:
-    """The `rwkv` package against an artifact that is right, after the same tokens."""
-    check = _near("the package gives the logits of the artifact", found, expected, tolerance)
+def near_prediction(divergence: float, name: str) -> Check:
+    """Whether a quantized artifact predicts what the float model does, given the mean KL divergence between them."""
+    return Check(name, divergence, bool(divergence <= QUANTIZED_KL), "KL divergence in nats")
+
+
+def package_parity(
+    found: np.ndarray, expected: np.ndarray, artifact: Artifact, tolerance: float, tokens: int
+) -> Parity:
+    """The `rwkv` package against an artifact that is right, by the logits [1, V] of both after the same tokens."""
+    if artifact.manifest.quantization is None:
+        check = _near("the package gives the logits of the artifact", found, expected, tolerance)
+    else:
+        ours, theirs = log_probabilities(expected[0]), log_probabilities(found[0])
+        divergence = float((np.exp(theirs) * (theirs - ours)).sum())
+        check = near_prediction(divergence, "the package predicts what the artifact does")
     return Parity("artifact", tokens, tolerance, (check,))

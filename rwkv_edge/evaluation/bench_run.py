@@ -18,7 +18,14 @@ from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import InputError, MissingDependencyError, VerificationError
 from rwkv_edge.evaluation.bench_bandwidth import copy_bandwidth
 from rwkv_edge.evaluation.bench_machine import Machine
-from rwkv_edge.evaluation.bench_parity import Check, Parity, near_logits, self_consistency, tolerance_of
+from rwkv_edge.evaluation.bench_parity import (
+    Check,
+    Parity,
+    near_prediction,
+    package_parity,
+    self_consistency,
+    tolerance_of,
+)
 from rwkv_edge.evaluation.bench_report import BenchReport, Measured, Turn
 from rwkv_edge.evaluation.bench_worker import Contender, Worker
 from rwkv_edge.evaluation.roofline import read_bandwidth
@@ -148,15 +155,15 @@ def _against_checkpoint(artifact: Artifact, checkpoint: Path, options: BenchOpti
         threads=options.threads,
         backend=options.backend,
     )
-    checks = (
-        Check("the logits are those of the checkpoint", report.relative, bool(report.relative <= tolerance)),
-        Check(
-            f"the state is that of the checkpoint ({report.worst_state})",
-            report.worst_state_relative,
-            bool(report.worst_state_relative <= tolerance),
-        ),
-    )
-    return Parity("checkpoint and self-consistency", report.tokens, tolerance, (*checks, *own.checks))
+    if artifact.manifest.quantization is not None:
+        found = [near_prediction(report.kl_mean, "it predicts what the checkpoint does")]
+    else:
+        state, difference = report.worst_state, report.worst_state_relative
+        found = [
+            Check("the logits are those of the checkpoint", report.relative, bool(report.relative <= tolerance)),
+            Check(f"the state is that of the checkpoint ({state})", difference, bool(difference <= tolerance)),
+        ]
+    return Parity("checkpoint and self-consistency", report.tokens, tolerance, (*found, *own.checks))
 
 
 def _green(parity: Parity, name: str) -> Parity:
@@ -275,7 +282,7 @@ def _loaded_package(
     none = Parity("artifact", tokens.shape[1], tolerance, ())
     measured, logits = _loaded(workers[-1], artifact, none, tokens, machine)
     expected = workers[0].prefill(tokens)["logits"]
-    measured.parity = _green(near_logits(logits, expected, tolerance, tokens.shape[1]), "the rwkv package")
+    measured.parity = _green(package_parity(logits, expected, artifact, tolerance, tokens.shape[1]), "the rwkv package")
     return measured
 
 

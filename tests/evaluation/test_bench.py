@@ -159,6 +159,21 @@ def test_no_speed_without_parity(folder: Path, tmp_path: Path, capsys: pytest.Ca
     )
 
 
+def test_a_quantized_artifact(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is far from its checkpoint in logits, but not in what it predicts; another model is."""
+    pytest.importorskip("onnx_graphsurgeon", reason="onnx-graphsurgeon is not installed")
+    assert run(["quantize", str(folder / "chunks"), "--scheme", "w4", "-o", str(tmp_path / "w4")]) == 0
+    report = bench(tmp_path / "w4", options(checkpoint=folder / "one.pth", compare="rwkv"))
+    ours, theirs = report.contenders
+    assert ours.precision == "fp32 w4"
+    for parity in (ours.parity, theirs.parity):
+        assert parity.checks[0].measure == "KL divergence in nats"
+        assert 0 < (parity.checks[0].difference or 0) < 0.2
+    short = ("--tokens", "3", "--prompt", "4", "--runs", "1", "--threads", "1")
+    found = refusal(capsys, "bench", tmp_path / "w4", *short, "--checkpoint", folder / "other.pth")
+    assert "'it predicts what the checkpoint does (KL divergence in nats" in found
+
+
 # Figures
 
 
