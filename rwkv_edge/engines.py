@@ -37,6 +37,12 @@ ENGINE_BACKENDS: Mapping[str, Backend] = {
 WKV_CHOICES = ("plugin", "function", "inline")
 """How the recurrence of a step runs: a CUDA kernel, the local function's body, or operators in the graph."""
 
+CANDIDATE_LOGITS, CANDIDATE_TOKENS, CANDIDATE_NORM = "candidates.logits", "candidates.tokens", "candidates.norm"
+"""Outputs of an engine with candidates: the K largest logits of each stream, their tokens, and log Σ exp(logits)."""
+
+MOST_CANDIDATES = 3840
+"""TensorRT's documentation of ITopKLayer: the largest K."""
+
 
 @dataclass(frozen=True)
 class EngineEntry:
@@ -56,6 +62,8 @@ class EngineEntry:
         seconds: how long the build took.
         refit: its weights can be exchanged.
         version_compatible: later versions of the backend's major release run it too.
+        sample_k: how many of the largest logits it finds itself; 0 where it gives all only. Absent from manifests that
+            were written before there was such a choice.
     """
 
     file: str
@@ -71,6 +79,7 @@ class EngineEntry:
     seconds: float
     refit: bool = False
     version_compatible: bool = False
+    sample_k: int = 0
 
 
 def engine_entry(data: Any) -> EngineEntry:
@@ -80,6 +89,7 @@ def engine_entry(data: Any) -> EngineEntry:
         ValueError: a field is missing, unknown, or has a value that cannot be meant.
     """
     expected = sorted(part.name for part in fields(EngineEntry))
+    data = {"sample_k": 0, **data} if isinstance(data, dict) else data
     if not isinstance(data, dict) or sorted(data) != expected:
         raise ValueError(f"an engine should have the fields {', '.join(expected)}, but is {data!r}")
     if not isinstance(data["targets"], list):
@@ -96,6 +106,7 @@ def engine_entry(data: Any) -> EngineEntry:
     checks |= {name: isinstance(getattr(entry, name), str) for name in ("file", "graph", "kind")}
     checks |= {name: _is_positive(getattr(entry, name)) for name in ("tokens", "batch")}
     checks |= {name: isinstance(getattr(entry, name), bool) for name in ("refit", "version_compatible")}
+    checks["sample_k"] = (entry.sample_k == 0 and entry.sample_k is not False) or _is_candidates(entry)
     for name, holds in checks.items():
         if not holds:
             raise ValueError(f"{name} of an engine is {data[name]!r}")
@@ -198,6 +209,10 @@ def _runs_in(entry: EngineEntry, version: str) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _is_candidates(entry: EngineEntry) -> bool:
+    return entry.kind == "step" and _is_positive(entry.sample_k) and entry.sample_k <= MOST_CANDIDATES
 
 
 def _or(names: Collection[str]) -> str:

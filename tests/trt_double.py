@@ -16,6 +16,12 @@ from typing import Any
 COMMON_FLAGS = ["DEBUG", "REFIT", "TF32", "STRICT_NANS", "VERSION_COMPATIBLE", "STRIP_PLAN"]
 WEAK_FLAGS = ["FP16", "BF16", "INT8", "FP8", "INT4", "OBEY_PRECISION_CONSTRAINTS"]  # gone in TensorRT 11
 DATA_TYPES = ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", "BF16", "INT64", "INT4"]
+OPERATIONS = {
+    "TopKOperation": ["MAX", "MIN"],
+    "ReduceOperation": ["SUM", "PROD", "MAX", "MIN", "AVG"],
+    "UnaryOperation": ["EXP", "LOG", "SQRT"],
+    "ElementWiseOperation": ["SUM", "PROD", "MAX", "MIN", "SUB", "DIV"],
+}
 
 
 class IHostMemory(bytearray):
@@ -36,8 +42,8 @@ class ITensor:
 class ILayer:
     __slots__ = ("outputs", "type")
 
-    def __init__(self, kind: str, dtype: Any) -> None:
-        self.type, self.outputs = SimpleNamespace(name=kind), [ITensor("y", dtype, (1,))]
+    def __init__(self, kind: str, *dtypes: Any) -> None:
+        self.type, self.outputs = SimpleNamespace(name=kind), [ITensor("y", dtype, (1,)) for dtype in dtypes]
 
     @property
     def num_outputs(self) -> int:
@@ -48,11 +54,13 @@ class ILayer:
 
 
 class INetworkDefinition:
-    __slots__ = ("inputs", "layers")
+    __slots__ = ("inputs", "layers", "outputs", "types")
 
-    def __init__(self) -> None:
+    def __init__(self, types: Any) -> None:
+        self.types = types
         self.inputs: list[ITensor] = []
         self.layers: list[ILayer] = []
+        self.outputs: list[ITensor] = []
 
     @property
     def num_inputs(self) -> int:
@@ -67,6 +75,33 @@ class INetworkDefinition:
 
     def get_layer(self, index: int) -> ILayer:
         return self.layers[index]
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.outputs)
+
+    def get_output(self, index: int) -> ITensor:
+        return self.outputs[index]
+
+    def mark_output(self, tensor: ITensor) -> None:
+        self.outputs.append(tensor)
+
+    def add_topk(self, input: ITensor, op: Any, k: int, axes: int) -> ILayer | None:
+        return self._added("TOPK", input.dtype, self.types.INT32) if k <= 3840 else None
+
+    def add_reduce(self, input: ITensor, op: Any, axes: int, keep_dims: bool) -> ILayer:
+        return self._added("REDUCE", input.dtype)
+
+    def add_unary(self, input: ITensor, op: Any) -> ILayer:
+        return self._added("UNARY", input.dtype)
+
+    def add_elementwise(self, input1: ITensor, input2: ITensor, op: Any) -> ILayer:
+        assert input1.dtype == input2.dtype
+        return self._added("ELEMENTWISE", input1.dtype)
+
+    def _added(self, kind: str, *dtypes: Any) -> ILayer:
+        self.layers.append(ILayer(kind, *dtypes))
+        return self.layers[-1]
 
 
 class ParserError:
@@ -135,7 +170,7 @@ class IBuilderConfig:
 
 
 class TensorRTDouble:
-    """The module. ``told`` holds the last network's flags, the last config and the number of builds.
+    """The module. ``told`` holds the last network and its flags, the last config and the number of builds.
 
     Args:
         version: decides what the module has.
@@ -153,9 +188,11 @@ class TensorRTDouble:
     ) -> None:
         major, minor = (int(part) for part in re.findall(r"\d+", version)[:2])
         self.__version__ = version
-        self.told = SimpleNamespace(network_flags=None, config=None, builds=0)
+        self.told = SimpleNamespace(network_flags=None, network=None, config=None, builds=0)
         self.DataType = IntEnum("DataType", DATA_TYPES)
         self.BuilderFlag = IntEnum("BuilderFlag", COMMON_FLAGS + (WEAK_FLAGS if major < 11 else []))
+        for name, members in OPERATIONS.items():
+            setattr(self, name, IntEnum(name, members))
         self.MemoryPoolType = IntEnum("MemoryPoolType", ["WORKSPACE", "TACTIC_DRAM"])
         creation = {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}
         creation |= {"PREFER_AOT_PYTHON_PLUGINS": 3} if (major, minor) >= (10, 9) else {}
@@ -194,6 +231,7 @@ def _parser(trt: TensorRTDouble, layers: Sequence[tuple[str, str]], fails: str) 
             batch = -1 if "dynamic" in Path(model).name else 2
             self.network.inputs.append(ITensor("token", trt.DataType.INT64, (batch,)))
             self.network.inputs.append(ITensor("wkv.0", trt.DataType.FLOAT, (batch, 2, 64, 64)))
+            self.network.outputs.append(ITensor("logits", trt.DataType.FLOAT, (batch, 65536)))
             self.network.layers += [ILayer(kind, trt.DataType[dtype]) for kind, dtype in layers]
             return not fails.startswith("parse")
 
@@ -212,7 +250,8 @@ def _builder(trt: TensorRTDouble, fails: str) -> type:
 
         def create_network(self, flags: int = 0) -> INetworkDefinition:
             trt.told.network_flags = flags
-            return INetworkDefinition()
+            trt.told.network = INetworkDefinition(trt.DataType)
+            return trt.told.network
 
         def create_builder_config(self) -> IBuilderConfig:
             trt.told.config = IBuilderConfig({"TF32"})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from rwkv_edge.cli.common import PATH, size
+from rwkv_edge.cli.common import PATH, hides_progress, note, size
 from rwkv_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,13 +30,17 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         "help": "GPU to build for: sm75, sm86, sm89, sm120…; repeatable.  [default: the one of this machine]",
     }),
     ("--timing-cache", {"type": PATH, "metavar": "FILE", "help": "Measured kernel times: read if there, then kept."}),
-    ("--workspace", {"type": click.IntRange(1), "metavar": "MB", "help": "Scratch memory of an engine at most."}),
+    ("--workspace", {"type": click.IntRange(1), "metavar": "MB", "help": "Most scratch memory of an engine."}),
     ("--opt-level", {"type": click.IntRange(0, 5), "metavar": "N", "help": "The builder's effort, from 0 to 5."}),
     ("--refit", {"is_flag": True, "help": "Let weights be exchanged in the engine later."}),
     ("--version-compatible", {"is_flag": True, "help": "Let later versions of this TensorRT's major release run it."}),
     ("--max-batch", {
         "type": click.IntRange(1), "default": 8, "show_default": True, "metavar": "N",
-        "help": "Most streams, where the artifact's batch is dynamic.",
+        "help": "Most streams of an engine, where the artifact was exported with --batch dynamic.",
+    }),
+    ("--sample-k", {
+        "type": click.IntRange(0, 3840), "default": 0, "show_default": "none", "metavar": "K",
+        "help": "Let the engine find the K largest logits, so that only these leave the GPU where they decide a token.",
     }),
 )  # fmt: skip
 
@@ -89,14 +93,13 @@ def add_engines(artifact: Path, options: BuildOptions | None) -> None:
         return
     from rwkv_edge.exporters.tensorrt import build_engines
 
-    click.echo(f"{artifact}: {engine_summary(build_engines(artifact, options, engine_progress))}")
+    note(f"{artifact}: {engine_summary(build_engines(artifact, options, engine_progress))}", err=False)
 
 
 @contextlib.contextmanager
 def engine_progress(label: str) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr for one engine, drawn on a terminal only; yields what is told the part that is done."""
-    hidden = sys.stderr is None or not sys.stderr.isatty()
-    with click.progressbar(length=100, label=label, file=sys.stderr, show_pos=False, hidden=hidden) as bar:
+    with click.progressbar(length=100, label=label, file=sys.stderr, show_pos=False, hidden=hides_progress()) as bar:
 
         def report(fraction: float) -> None:
             if steps := int(fraction * 100) - bar.pos:
@@ -112,6 +115,7 @@ def engine_summary(manifest: Manifest) -> str:
     nbytes = sum(manifest.files[engine.file].nbytes for engine in engines)
     first = next(engine for engine in engines if engine.kind == "step")
     return (
-        f"{names} for {', '.join(first.targets)}, {first.backend} {first.version}, wkv {first.wkv}, {size(nbytes)}, "
+        f"{names} for {', '.join(first.targets)}, {first.backend} {first.version}, wkv {first.wkv}, "
+        f"{f'{first.sample_k} candidates, ' if first.sample_k else ''}{size(nbytes)}, "
         f"{sum(engine.seconds for engine in engines):.1f} s"
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rwkv_edge.artifact import MANIFEST, WEIGHTS, Artifact, FileEntry, GraphEntry, Manifest, write_manifest
-from rwkv_edge.engines import EngineEntry
+from rwkv_edge.engines import MOST_CANDIDATES, EngineEntry
 from rwkv_edge.errors import ArtifactError, InputError
 from rwkv_edge.exporters.folder import disk_errors, is_running
 from rwkv_edge.exporters.trt_adapter import EngineSettings, LoadedBackend, build_engine, load_backend
@@ -48,6 +48,8 @@ class BuildOptions:
         version_compatible: let later versions of the backend's major release run the engines.
         max_batch: most streams of an artifact whose batch size is dynamic.
         keep_graphs: keep the graphs and weights; without them the artifact runs on its engines only.
+        sample_k: how many of the largest logits the step's engine finds itself, so that only these travel to the host
+            where they decide the next token; 0: none.
     """
 
     backend: str = "auto"
@@ -60,6 +62,7 @@ class BuildOptions:
     version_compatible: bool = False
     max_batch: int = 8
     keep_graphs: bool = True
+    sample_k: int = 0
 
     def __post_init__(self) -> None:
         if self.workspace is not None and not 1 <= self.workspace <= 1 << 30:
@@ -68,6 +71,8 @@ class BuildOptions:
             raise InputError(f"the optimization level must be from 0 to 5, not {self.opt_level}")
         if self.max_batch < 1:
             raise InputError(f"the largest batch must be at least 1, not {self.max_batch}")
+        if not 0 <= self.sample_k <= MOST_CANDIDATES:
+            raise InputError(f"--sample-k must be from 0 (none) to {MOST_CANDIDATES}, not {self.sample_k}")
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def build_engines(path: str | Path, options: BuildOptions | None = None, progres
     artifact = Artifact.open(path)
     manifest = artifact.manifest
     _check_quantization(artifact)
+    if options.sample_k > manifest.spec.vocab_size:
+        raise InputError(f"--sample-k {options.sample_k} is more than the vocabulary of {manifest.spec.vocab_size}")
     step = artifact.graph("step", "gpu")
     plan = plan_build(options, manifest.spec.precision, step.wkv)
     graphs = [graph for graph in manifest.graphs if graph.target in ("gpu", "any")]
@@ -175,9 +182,10 @@ def _build(
     """Build one engine into ``scratch``; its entries, and the timing cache after it."""
     wkv = plan.wkv if graph.wkv == "function" else graph.wkv
     batch = artifact.manifest.spec.batch or options.max_batch
+    sample_k = options.sample_k if graph.kind == "step" else 0
     settings = EngineSettings(
         plan.targets, batch, wkv == "plugin", options.workspace and options.workspace << 20, options.opt_level,
-        options.refit, options.version_compatible,
+        options.refit, options.version_compatible, sample_k,
     )  # fmt: skip
     name, start = f"{Path(graph.file).stem}.engine", time.perf_counter()
     with progress(name) if progress else contextlib.nullcontext(lambda _: None) as report:
@@ -185,7 +193,7 @@ def _build(
     seconds = round(time.perf_counter() - start, 3)
     entry = EngineEntry(
         name, graph.file, graph.kind, graph.tokens, batch, plan.loaded.backend.name, plan.loaded.version, plan.targets,
-        wkv, artifact.manifest.model_hash, seconds, options.refit, options.version_compatible,
+        wkv, artifact.manifest.model_hash, seconds, options.refit, options.version_compatible, sample_k,
     )  # fmt: skip
     with disk_errors(artifact.path):
         return entry, write_engine(built.memory, scratch / name), built.cache

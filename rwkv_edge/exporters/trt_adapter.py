@@ -26,6 +26,7 @@ from typing import Any, cast
 
 from rwkv_edge.engines import ENGINE_BACKENDS, Backend, error_log, one_line, reason_of, version_numbers
 from rwkv_edge.errors import ExportError, InputError, MissingDependencyError
+from rwkv_edge.exporters.trt_candidates import add_candidates
 from rwkv_edge.exporters.trt_progress import held_interrupts, monitor
 from rwkv_edge.exporters.trt_targets import check_precision, parser_dispatch
 from rwkv_edge.exporters.trt_types import (
@@ -112,6 +113,7 @@ class EngineSettings:
         opt_level: 0 to 5, None for the builder's own.
         refit: let the weights be exchanged later.
         version_compatible: let later versions of the same major release run the engine.
+        sample_k: candidates that the engine of a step finds itself, see `rwkv_edge.exporters.trt_candidates`; 0: none.
     """
 
     targets: Sequence[str]
@@ -121,6 +123,7 @@ class EngineSettings:
     opt_level: int | None = None
     refit: bool = False
     version_compatible: bool = False
+    sample_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def _parsed(
     if not parser.parse_from_file(str(graph)):
         raise _parser_error(loaded, parser, graph, log)
     _check_network(network, settings, graph, loaded)
+    if settings.sample_k:
+        add_candidates(loaded.trt, network, settings.sample_k)
     return network, parser
 
 

@@ -37,12 +37,9 @@ class Member(Protocol):
 
 
 class Tensor(Protocol):
-    """ITensor."""
+    """ITensor; its name is that in the ONNX graph, and can be changed."""
 
-    @property
-    def name(self) -> str:
-        """The name in the ONNX graph."""
-        ...
+    name: str
 
     @property
     def dtype(self) -> Member:
@@ -86,12 +83,41 @@ class NetworkDefinition(Protocol):
         """Number of layers."""
         ...
 
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs."""
+        ...
+
     def get_input(self, index: int) -> Tensor:
         """An input."""
         ...
 
     def get_layer(self, index: int) -> Layer:
         """A layer."""
+        ...
+
+    def get_output(self, index: int) -> Tensor:
+        """An output."""
+        ...
+
+    def add_topk(self, input: Tensor, op: Member, k: int, axes: int) -> Layer | None:
+        """The k largest or smallest along the one axis of a bit mask: values, and int32 places."""
+        ...
+
+    def add_reduce(self, input: Tensor, op: Member, axes: int, keep_dims: bool) -> Layer | None:
+        """A ReduceOperation over the axes of a bit mask."""
+        ...
+
+    def add_unary(self, input: Tensor, op: Member) -> Layer | None:
+        """A UnaryOperation."""
+        ...
+
+    def add_elementwise(self, input1: Tensor, input2: Tensor, op: Member) -> Layer | None:
+        """An ElementWiseOperation, with broadcasting."""
+        ...
+
+    def mark_output(self, tensor: Tensor) -> None:
+        """Make a tensor an output."""
         ...
 
 

@@ -96,7 +96,7 @@ def test_what_the_manifest_says(built: Path, rtx: Any, capsys: pytest.CaptureFix
     assert step == {
         "file": "step.engine", "graph": "step.onnx", "kind": "step", "tokens": 1, "batch": 1, "backend": "tensorrt-rtx",
         "version": rtx.__version__, "targets": ["sm86"], "wkv": "inline", "model_hash": manifest["model_hash"],
-        "refit": False, "version_compatible": False,
+        "refit": False, "version_compatible": False, "sample_k": 0,
     }  # fmt: skip
     for name in ("step.engine", "prefill-16.engine"):
         assert manifest["files"][name]["sha256"] == sha256_of(built / name)

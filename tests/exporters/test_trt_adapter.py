@@ -98,6 +98,19 @@ def test_failures_are_sentences(where: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_candidates_are_outputs_more(version: str) -> None:
+    trt = TensorRTDouble(version)
+    build(trt)
+    assert [tensor.name for tensor in trt.told.network.outputs] == ["logits"]
+    build(trt, sample_k=64)
+    found = [(tensor.name, tensor.dtype.name) for tensor in trt.told.network.outputs]
+    few = [("candidates.logits", "FLOAT"), ("candidates.tokens", "INT32"), ("candidates.norm", "FLOAT")]
+    assert found == [("logits", "FLOAT"), *few]
+    with pytest.raises(ExportError, match=r"does not take the layers .* smaller --sample-k"):
+        build(trt, sample_k=4000)
+
+
 # Timing cache
 
 

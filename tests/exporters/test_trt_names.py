@@ -39,6 +39,7 @@ MEMBERS = [
     ("NetworkDefinitionCreationFlag", ["STRONGLY_TYPED"]),
     ("DataType", trt_double.DATA_TYPES),
     ("LayerType", ["PLUGIN_V3"]),
+    *trt_double.OPERATIONS.items(),
     ("IProgressMonitor", ["phase_start", "phase_finish", "step_complete"]),
     ("ILogger", ["Severity", "log"]),
 ]
