@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "Continue a text.",
     "eval": "Measure how well an artifact predicts a text, and how far it is from another.",
     "bench": "Measure the speed of an artifact, after a check that it runs right.",
+    "report": "Write one HTML page about what eval, bench and the others found.",
     "chat": "Talk with a model in the terminal.",
     "state": "Look into snapshots of states.",
     "cache": "Look into a cache of prompts, or empty it.",
