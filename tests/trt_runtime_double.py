@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_double
+import numpy as np
 import onnx
 import pytest
 
@@ -33,7 +34,7 @@ DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "i
 Port = tuple[str, str, tuple[int, ...]]
 
 
-def add_engines(folder: Path, backend: str = "tensorrt", most: int = 8, **changed: Any) -> Artifact:
+def add_engines(folder: Path, backend: str = "tensorrt", most: int = 8, sample_k: int = 0, **changed: Any) -> Artifact:
     """Give an artifact engines that `RuntimeDouble` runs, one a graph for GPUs; ``changed`` goes into their entries."""
     artifact = Artifact.open(folder)
     manifest = artifact.manifest
@@ -45,7 +46,7 @@ def add_engines(folder: Path, backend: str = "tensorrt", most: int = 8, **change
             f"{Path(graph.file).stem}.engine", graph.file, graph.kind, graph.tokens, manifest.spec.batch or most,
             backend, "10.13.3.9", ("sm90",), graph.wkv, manifest.model_hash, 1.0,
         )  # fmt: skip
-        entry = replace(entry, **changed)
+        entry = replace(entry, sample_k=sample_k if graph.kind == "step" else 0, **changed)
         path = folder / entry.file
         text = json.dumps({"graph": str(folder / graph.file), "entry": asdict(entry)})
         path.write_bytes(MAGIC + text.encode() + b"\nend")
@@ -79,6 +80,11 @@ class ICudaEngine:
 
     def __init__(self, module: RuntimeDouble, file: dict[str, Any]) -> None:
         self._module, self._file, self._ports = module, file, ports_of(file["graph"])
+        if count := file["entry"]["sample_k"]:
+            batch = self._ports["logits"][2][0]
+            self._ports["candidates.logits"] = ("OUTPUT", "FLOAT", (batch, count))
+            self._ports["candidates.tokens"] = ("OUTPUT", "INT32", (batch, count))
+            self._ports["candidates.norm"] = ("OUTPUT", "FLOAT", (batch, 1))
         self._session = open_graph(Path(file["graph"]), [(CPU, {})], module.threads, None)
         module.change_ports(self._ports)
 
@@ -163,10 +169,30 @@ class IExecutionContext:
         binding = self._engine._session.io_binding()
         self._module.runs += 1
         for name, (mode, dtype, shape) in self._engine._ports.items():
+            if name.startswith("candidates."):
+                continue
             bind = binding.bind_input if mode == "INPUT" else binding.bind_output
             array = driver.view(self._addresses[name], (batch, *shape[1:]), DTYPES[dtype])
             bind(name, "cpu", 0, ONNX_TYPE[DTYPES[dtype]], list(array.shape), array.ctypes.data)
         self._engine._session.run_with_iobinding(binding)
+        if self._module.wrong:
+            driver.view(self._addresses["logits"], (batch,))[...] += 1000
+        if self._engine._file["entry"]["sample_k"]:
+            self._find_candidates(driver, batch)
+
+    def _find_candidates(self, driver: cuda_double.Driver, batch: int) -> None:
+        """What the layers of `rwkv_edge.exporters.trt_candidates` compute."""
+        count = self._engine._file["entry"]["sample_k"]
+        logits = driver.view(self._addresses["logits"], (batch, self._engine._ports["logits"][2][1]))
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+        peak = logits.max(1, keepdims=True)
+        found = {
+            "candidates.logits": (np.take_along_axis(logits, order, 1), "float32"),
+            "candidates.tokens": (order, "int32"),
+            "candidates.norm": (np.log(np.exp(logits - peak).sum(1, keepdims=True)) + peak, "float32"),
+        }
+        for name, (values, dtype) in found.items():
+            driver.view(self._addresses[name], values.shape, dtype)[...] = values
 
 
 class RuntimeDouble:
@@ -177,12 +203,18 @@ class RuntimeDouble:
         threads: of ONNX Runtime.
         fails: where it fails: 'start', 'load', 'context', 'address', 'enqueue', 'capture' or 'capture writes'.
         ports: changes of what engines say of their tensors; None takes one away.
+        wrong: logits are not those of the graph.
     """
 
     def __init__(
-        self, version: str = "10.13.3.9", threads: int = 1, fails: str = "", ports: dict[str, Port | None] | None = None
+        self,
+        version: str = "10.13.3.9",
+        threads: int = 1,
+        fails: str = "",
+        ports: dict[str, Port | None] | None = None,
+        wrong: bool = False,
     ) -> None:
-        self.__version__, self.threads, self.fails = version, threads, fails
+        self.__version__, self.threads, self.fails, self.wrong = version, threads, fails, wrong
         self.runs = self.contexts = 0
         self._changes = ports or {}
         self.loggers: list[Any] = []

@@ -55,6 +55,7 @@ class EvalOptions:
         tokenizer: instead of the artifact's.
         providers: execution providers of ONNX Runtime.
         threads: compute threads.
+        backend: that runs the artifacts.
     """
 
     text: str | None = None
@@ -71,6 +72,7 @@ class EvalOptions:
     tokenizer: str | None = None
     providers: Sequence[str] = ()
     threads: int = 0
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.text is None and self.lambada is None:
@@ -193,7 +195,7 @@ class _Evaluation:
         if other is not None:
             check_same_tokens(self._artifact, other, options.tokenizer)
         self.model: OpenModel = open_model(
-            artifact, options.tokenizer, providers=options.providers, threads=options.threads
+            artifact, options.tokenizer, backend=options.backend, providers=options.providers, threads=options.threads
         )
         self.sessions: list[Session[Any]] = [self.model.session]
         try:
@@ -201,7 +203,7 @@ class _Evaluation:
                 checked_batch(options.batch, self.model.session.spec)
             if options.compare:
                 self.sessions.append(
-                    open_session(options.compare, providers=options.providers, threads=options.threads)
+                    open_session(options.compare, options.backend, options.providers, options.threads)
                 )
         except BaseException:
             self.close()

@@ -104,7 +104,7 @@ class Rows:
 
     def __init__(self, session: Session[Any], rows: int) -> None:
         self._session, self._rows = session, rows
-        self._size = session.spec.batch or rows
+        self._size = session.spec.batch or min(rows, getattr(session, "max_batch", rows))
         self._states = [session.initial_state(self._size) for _ in range(0, rows, self._size)]
 
     def prefill(self, tokens: np.ndarray) -> None:

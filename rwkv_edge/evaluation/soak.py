@@ -115,6 +115,7 @@ class SoakOptions:
         tolerance: bound on the drift; None for the precision's.
         providers: execution providers of ONNX Runtime.
         threads: compute threads.
+        backend: that runs the artifact.
     """
 
     tokens: int = 1_000_000
@@ -126,6 +127,7 @@ class SoakOptions:
     tolerance: float | None = None
     providers: Sequence[str] = ()
     threads: int = 0
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("tokens", "every"):
@@ -150,7 +152,7 @@ def soak(artifact: str | Path, options: SoakOptions, progress: Callable[[SoakPoi
     tokens = _tokens(opened, options)
     if options.state:
         check_target(options.state)
-    session = open_session(artifact, providers=options.providers, threads=options.threads)
+    session = open_session(artifact, options.backend, providers=options.providers, threads=options.threads)
     reference = None
     try:
         run = _begin(session, tokens, options)

@@ -154,6 +154,8 @@ def open_session(
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not '{backend}'")
     if not 0 <= threads <= MAX_THREADS:
         raise InputError(f"threads must be 0 (automatic) or up to {MAX_THREADS}, not {threads}")
+    if providers and backend not in ("auto", "onnxruntime"):
+        raise InputError(f"execution providers are ONNX Runtime's; name none, or another backend than '{backend}'")
     path = Path(path)
     if path.suffix == ".onnx" and backend in ("auto", "onnxruntime"):
         from rwkv_edge.runtime.onnxruntime import session_from_graph

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.engines import ENGINE_BACKENDS, EngineEntry, check_engine
+from rwkv_edge.engines import (
+    CANDIDATE_LOGITS,
+    CANDIDATE_NORM,
+    CANDIDATE_TOKENS,
+    ENGINE_BACKENDS,
+    EngineEntry,
+    check_engine,
+)
 from rwkv_edge.errors import ArtifactError, InputError, RwkvEdgeError, SessionError
+from rwkv_edge.runtime.candidates import Candidates
 from rwkv_edge.runtime.cuda_driver import Driver, device_capability
 from rwkv_edge.runtime.initial import initial_arrays
 from rwkv_edge.runtime.session import (
@@ -81,6 +91,11 @@ class TrtSession:
         return tuple(entry.tokens for entry in self._entries_of("prefill"))
 
     @property
+    def max_batch(self) -> int:
+        """Most streams of a state, where the artifact's batch is dynamic."""
+        return min(entry.batch for entry in self._entries)
+
+    @property
     def numerics(self) -> str:
         """Backend, GPU, and the build of the engines: TensorRT chooses kernels by what it measured then."""
         sha256 = self._artifact.manifest.files[self._step_entry.file].sha256
@@ -102,6 +117,40 @@ class TrtSession:
         self._feed(checked_tokens(tokens, 1, state.batch, self.spec), state, step)
         state.run(step)
         return self._logits(state, step)
+
+    @property
+    def candidates(self) -> int:
+        """How many of the largest logits the engine finds itself ('rwkv-edge build --sample-k'); 0 for none."""
+        return self._step_entry.sample_k
+
+    def step_candidates(self, tokens: Sequence[int] | np.ndarray, state: TrtState) -> list[Candidates]:
+        """As `step`, but of the logits of each stream only the largest leave the GPU; the others on demand.
+
+        Raises:
+            SessionError: the engine has no candidates.
+        """
+        if not self.candidates:
+            raise SessionError(f"{self._step_entry.file} has no candidates; run 'rwkv-edge build' with --sample-k 64")
+        step = self._graph(self._step_entry)
+        self._feed(checked_tokens(tokens, 1, state.batch, self.spec), state, step)
+        state.run(step)
+        ports = state.room.ports(step)
+        block = np.empty(ports.nbytes, np.uint8)
+        self._driver.download(ports.candidates, block)
+        parts = {
+            name: block[ports.offsets[name] :][: 4 * math.prod(shape)]
+            .view(np.int32 if name == CANDIDATE_TOKENS else np.float32)
+            .reshape(shape)
+            for name, shape in step.candidate_shapes(state.batch).items()
+        }
+        return [
+            Candidates(
+                parts[CANDIDATE_TOKENS][row].astype(np.int64), parts[CANDIDATE_LOGITS][row],
+                float(parts[CANDIDATE_NORM][row, 0]), self.spec.vocab_size,
+                functools.partial(self._row_logits, state, step, row, state.runs),
+            )
+            for row in range(state.batch)
+        ]  # fmt: skip
 
     def prefill(
         self, tokens: Sequence[Sequence[int]] | np.ndarray, state: TrtState, watch: Watch | None = None
@@ -175,10 +224,9 @@ class TrtSession:
 
     def _check_batch(self, batch: int) -> None:
         checked_batch(batch, self.spec)
-        most = min(entry.batch for entry in self._entries)
-        if batch > most:
+        if batch > self.max_batch:
             raise InputError(
-                f"the engines take up to {most} streams, not {batch}; run 'rwkv-edge build' again with "
+                f"the engines take up to {self.max_batch} streams, not {batch}; run 'rwkv-edge build' again with "
                 f"--max-batch {batch}"
             )
 
@@ -212,6 +260,14 @@ class TrtSession:
     def _logits(self, state: TrtState, graph: TrtGraph) -> np.ndarray:
         logits = np.empty(graph.logits_shape(state.batch, self.spec), np.float32)
         self._driver.download(state.room.ports(graph).logits, logits)
+        return logits
+
+    def _row_logits(self, state: TrtState, step: TrtGraph, row: int, runs: int) -> np.ndarray:
+        """The logits [V] of one stream after the step that was the state's run number ``runs``."""
+        if state.runs != runs:
+            raise SessionError("the stream has gone on since these candidates; ask for all logits before the next step")
+        logits = np.empty(self.spec.vocab_size, np.float32)
+        self._driver.download(state.room.ports(step).logits + logits.nbytes * row, logits)
         return logits
 
 

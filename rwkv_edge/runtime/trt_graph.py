@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_edge.engines import EngineEntry
+from rwkv_edge.engines import CANDIDATE_LOGITS, CANDIDATE_NORM, CANDIDATE_TOKENS, EngineEntry
 from rwkv_edge.errors import SessionError
 from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.runtime.trt_module import CudaEngine, EngineLoader, ExecutionContext
@@ -47,6 +47,10 @@ class TrtGraph:
     def logits_shape(self, batch: int, spec: ModelSpec) -> tuple[int, ...]:
         """[B, V], or [B, T, V] where the logits of all tokens are given."""
         return (batch, *((self.entry.tokens,) if self.entry.kind == "score" else ()), spec.vocab_size)
+
+    def candidate_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Outputs of 4 bytes an element beside the logits, where the engine has them; names of `rwkv_edge.engines`."""
+        return candidate_shapes(self.entry, batch)
 
     def context(self, loader: EngineLoader, spec: ModelSpec, batch: int) -> ExecutionContext:
         """A context for ``batch`` streams; its inputs and outputs have no memory yet.
@@ -119,7 +123,17 @@ def expected_ports(spec: ModelSpec, entry: EngineEntry) -> dict[str, Port]:
         input_name(entry): ("INPUT", "INT64", (batch, *length)),
         "logits": ("OUTPUT", "FLOAT", (batch, *rows, spec.vocab_size)),
     }
+    for name, shape in candidate_shapes(entry, batch).items():
+        ports[name] = ("OUTPUT", "INT32" if name == CANDIDATE_TOKENS else "FLOAT", shape)
     for t in spec.state:
         ports[t.name] = ("INPUT", DATA_TYPE[t.dtype], (batch, *t.shape))
         ports[f"{t.name}.out"] = ("OUTPUT", DATA_TYPE[t.dtype], (batch, *t.shape))
     return ports
+
+
+def candidate_shapes(entry: EngineEntry, batch: int) -> dict[str, tuple[int, ...]]:
+    """What an engine with candidates gives for them: [B, K], [B, K] and [B, 1]; nothing of others."""
+    if not entry.sample_k:
+        return {}
+    shape = (batch, entry.sample_k)
+    return {CANDIDATE_LOGITS: shape, CANDIDATE_TOKENS: shape, CANDIDATE_NORM: (batch, 1)}

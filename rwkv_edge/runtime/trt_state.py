@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rwkv_edge.errors import SessionError
@@ -62,10 +62,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Ports:
-    """Device addresses of an engine's tokens and logits, for one number of streams."""
+    """Device addresses of an engine's tokens, logits and candidates, for one number of streams.
+
+    The candidates' parts lie in one block, at the ``offsets`` of their names, in all ``nbytes``.
+    """
 
     tokens: int
     logits: int
+    candidates: int
+    offsets: dict[str, int]
+    nbytes: int
 
 
 @dataclass
@@ -83,15 +89,10 @@ class Room:
     def __init__(self, machine: Machine, batch: int) -> None:
         """Raises SessionError where memory is short."""
         self.batch = batch
-        self.offsets: dict[str, int] = {}
-        end = 0
-        for t in machine.spec.state:
-            self.offsets[t.name] = end
-            end += -(-batch * t.nbytes // ALIGNMENT) * ALIGNMENT
-        self.nbytes = end
+        self.offsets, self.nbytes = _offsets({t.name: batch * t.nbytes for t in machine.spec.state})
         self._machine = machine
         self._pointers: list[int] = []
-        self.sets = self._allocate(end), self._allocate(end)
+        self.sets = self._allocate(self.nbytes), self._allocate(self.nbytes)
         self._ports: dict[TrtGraph, Ports] = {}
         self._bound: dict[tuple[TrtGraph, int], _Bound] = {}
 
@@ -99,9 +100,14 @@ class Room:
         """Where a run of this engine finds its tokens and leaves its logits; made once."""
         if graph not in self._ports:
             spec = self._machine.spec
+            shapes = graph.candidate_shapes(self.batch)
+            offsets, end = _offsets({name: _nbytes(shape, "float32") for name, shape in shapes.items()})
             self._ports[graph] = Ports(
                 self._allocate(_nbytes(graph.tokens_shape(self.batch), "int64")),
                 self._allocate(_nbytes(graph.logits_shape(self.batch, spec), "float32")),
+                self._allocate(end) if end else 0,
+                offsets,
+                end,
             )
         return self._ports[graph]
 
@@ -159,6 +165,7 @@ class Room:
         context = graph.context(self._machine.loader, self._machine.spec, self.batch)
         ports, before, after = self.ports(graph), self.sets[side], self.sets[1 - side]
         addresses = {graph.input_name: ports.tokens, "logits": ports.logits}
+        addresses |= {name: ports.candidates + offset for name, offset in ports.offsets.items()}
         for name, offset in self.offsets.items():
             addresses |= {name: before + offset, f"{name}.out": after + offset}
         for name, address in addresses.items():
@@ -182,11 +189,12 @@ class TrtState:
         batch: number of streams.
         side: of the sets in ``room``, the one that holds the state.
         room: the memory.
+        runs: how often it has gone on.
     """
 
     def __init__(self, machine: Machine, batch: int) -> None:
         """A state whose values are zeros."""
-        self.batch, self.side = batch, 0
+        self.batch, self.side, self.runs = batch, 0, 0
         self.room = Room(machine, batch)
         weakref.finalize(self, self.room.close)
 
@@ -196,6 +204,7 @@ class TrtState:
 
     def run(self, graph: TrtGraph) -> None:
         """Enqueue a run of the tokens in the engine's ports; afterwards the other set is the state."""
+        self.runs += 1  # before: whatever comes of it, what the run before has left is gone
         self.room.run(graph, self.side)
         self.side = 1 - self.side
 
@@ -205,3 +214,12 @@ def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
     for n in shape:
         size *= n
     return size
+
+
+def _offsets(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Where tensors of so many bytes lie one after another, and how many bytes they take together."""
+    found, end = {}, 0
+    for name, nbytes in sizes.items():
+        found[name] = end
+        end += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return found, end
