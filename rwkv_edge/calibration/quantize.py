@@ -41,11 +41,13 @@ class QuantizeOptions:
         scheme: which linear gets which format.
         smoothing: strength from 0 (none) to 1; only inputs of w8a8 linears profit.
         formats: of linears, in place of the scheme's; from `rwkv_edge.calibration.mixed`.
+        notes: what the manifest shall say beside, as JSON values.
     """
 
     scheme: SchemeOptions = field(default_factory=SchemeOptions)
     smoothing: float = DEFAULT_STRENGTH
     formats: Mapping[str, str] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def quantize_artifact(
@@ -201,6 +203,7 @@ class _Plan:
             "calibration": None if calibration is None else sha256_of(calibration.path),
             "texts": [dict(text) for text in calibration.texts] if calibration else [],
             "source_model_hash": self._artifact.manifest.model_hash,
+            **self._options.notes,
         }
 
     def manifest(self, folder: Path, graphs: list[GraphEntry], digest: str) -> Manifest:

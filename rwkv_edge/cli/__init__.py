@@ -19,6 +19,7 @@ MESSAGE_CHARACTERS = 1000
 COMMANDS = {
     "export": "Write the artifact (ONNX graph, weights, tokenizer) of a checkpoint.",
     "calibrate": "Record the ranges of a model's activations over text.",
+    "sensitivity": "Tell which parts of a model suffer most from fewer bits.",
     "quantize": "Write the INT8 or INT4 form of an artifact.",
     "build": "Build the TensorRT engines of an artifact.",
     "info": "Tell what a checkpoint or an artifact is, without loading weights.",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, needs, read_text
+from rwkv_edge.cli.common import COUNT, PATH, needs, note, quiet_option, read_text
 from rwkv_edge.cli.progress import count_progress
 
 
@@ -15,29 +15,38 @@ from rwkv_edge.cli.progress import count_progress
 @click.option(
     "--text", "texts", type=PATH, multiple=True, required=True, metavar="FILE", help="UTF-8 text; repeatable."
 )
-@click.option("-o", "--output", type=PATH, default=Path("calibration.json"), show_default=True, help="File to write.")
+@click.option(
+    "-o", "--output", type=PATH, default=Path("calibration.json"), show_default=True, metavar="FILE",
+    help="File to write.",
+)  # fmt: skip
 @click.option(
     "--samples", type=click.IntRange(1), metavar="N",
     help="Windows of text, from all over it.  [default: 64, or as many as there are]",
 )  # fmt: skip
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens recorded in each.")
 @click.option(
-    "--warmup", type=click.IntRange(0), default=64, show_default=True,
+    "--length", type=click.IntRange(2), default=512, show_default=True, metavar=COUNT, help="Tokens recorded in each."
+)
+@click.option(
+    "--warmup", type=click.IntRange(0), default=64, show_default=True, metavar=COUNT,
     help="Tokens before them that only build up the state.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the places of the windows.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, metavar=COUNT,
+    help="Chooses the places of the windows.",
+)  # fmt: skip
 @click.option(
     "--method", type=click.Choice(["minmax", "percentile", "entropy", "mse"]), default="mse", show_default=True,
-    help="Which magnitude of an activation 8 bits shall reach; all are recorded.",
+    help="How the largest magnitude that 8 bits can hold is chosen for an activation; 'quantize' reads the choice.",
 )  # fmt: skip
-@click.option("--percentile", default=99.99, show_default=True, metavar="P", help="Of that method.")
+@click.option("--percentile", default=99.99, show_default=True, metavar="P", help="Of the method percentile.")
 @click.option("--hessian", is_flag=True, help="Also write the second moments that GPTQ needs: K² floats per input.")
 @click.option(
     "--checkpoint-every", "every", type=click.IntRange(1), default=8, show_default=True, metavar="N",
     help="Windows between checkpoints; called again, a calibration that was stopped goes on from the last.",
 )  # fmt: skip
 @click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
-@click.option("--threads", default=0, show_default="automatic", help="Compute threads.")
+@click.option("--threads", default=0, show_default="automatic", metavar=COUNT, help="Compute threads.")
+@quiet_option
 def command(
     artifact: Path,
     texts: tuple[Path, ...],
@@ -72,7 +81,8 @@ def command(
     with count_progress() as report:
         found = calibrate(artifact, contents, output, options, report)
     extra = f" and {', '.join(found.files)}" if found.files else ""
-    click.echo(
+    note(
         f"{output}{extra}: {len(found.inputs)} inputs of linears over {found.settings['tokens']:,} tokens in "
-        f"{found.settings['samples']} windows, method {found.method}"
+        f"{found.settings['samples']} windows, method {found.method}",
+        err=False,
     )
