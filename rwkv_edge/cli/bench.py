@@ -9,12 +9,10 @@ import click
 
 from rwkv_edge.cli.common import PATH, printable, session_options
 from rwkv_edge.cli.progress import count_progress
-from rwkv_edge.runtime.session import BACKENDS
 
 
 @click.command("bench")
 @click.argument("artifact", type=PATH)
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs ARTIFACT.")
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Steps of a turn.")
 @click.option("--batch", type=click.IntRange(1, 4096), metavar="B", help="Streams.  [default: the artifact's]")
 @click.option(

@@ -57,6 +57,7 @@ def command(
     show_thinking: bool,
     load: Path | None,
     tokenizer: str | None,
+    backend: str,
     providers: Sequence[str],
     threads: int,
     **sampling: object,
@@ -73,7 +74,7 @@ def command(
     from rwkv_edge.runtime.open import open_model
 
     config = sampler_from_options(sampling).config
-    model = open_model(artifact, tokenizer, providers=list(providers), threads=threads)
+    model = open_model(artifact, tokenizer, backend=backend, providers=list(providers), threads=threads)
     name = str(Artifact.open(artifact).manifest.source.get("file", ""))
     chosen = template_for(name, model.tokenizer.kind) if template == AUTO else TEMPLATES[template]
     chat = Chat(model, chosen, system, config, max_tokens)

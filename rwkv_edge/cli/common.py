@@ -20,13 +20,22 @@ PATH = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
+SESSION_BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
+"""`rwkv_edge.runtime.session.BACKENDS`, known without importing numpy."""
+
+
 def session_options(function: F) -> F:
-    """--provider and --threads."""
+    """--backend, --provider and --threads."""
     function = click.option("--threads", default=0, show_default="automatic", help="Compute threads.")(function)
-    return click.option(
+    function = click.option(
         "--provider", "providers", multiple=True, metavar="NAME",
         help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, nv-tensorrt-rtx or its own name, with options "
         "where needed (cuda:device_id=1); repeatable in order of preference.  [default: cpu]",
+    )(function)  # fmt: skip
+    return click.option(
+        "--backend", type=click.Choice(SESSION_BACKENDS), default="auto", show_default=True,
+        help="What runs the artifact. auto: engines of `rwkv-edge build` that fit this machine, else ONNX Runtime; "
+        "cuda: our own kernels, for RWKV-7.",
     )(function)  # fmt: skip
 
 

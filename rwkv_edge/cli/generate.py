@@ -45,6 +45,7 @@ def command(
     state_out: Path | None,
     cache_folder: Path | None,
     cache_size: int,
+    backend: str,
     providers: Sequence[str],
     threads: int,
     **sampling: object,
@@ -61,7 +62,7 @@ def command(
 
     sampler = sampler_from_options(sampling)
     text = read_text(Path("-")) if prompt == "-" else _utf8(prompt or "")
-    model = open_model(artifact, tokenizer, providers=list(providers), threads=threads)
+    model = open_model(artifact, tokenizer, backend=backend, providers=list(providers), threads=threads)
     say_quantized(artifact)
     continuation = continued_text(
         model, text, sampler=sampler, max_tokens=max_tokens, stops=list(stops), stop_tokens=set(stop_tokens) or None,

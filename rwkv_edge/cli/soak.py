@@ -43,6 +43,7 @@ def command(
     tolerance: float | None,
     lora: Path | None,
     lora_alpha: float | None,
+    backend: str,
     providers: Sequence[str],
     threads: int,
     as_json: bool,
@@ -58,7 +59,8 @@ def command(
 
     source = ReferenceSource(reference, lora, lora_alpha) if reference else None
     options = SoakOptions(
-        tokens, every, read_text(text) if text else None, seed, state, source, tolerance, list(providers), threads
+        tokens, every, read_text(text) if text else None, seed, state, source, tolerance, list(providers), threads,
+        backend,
     )
     report = soak(artifact, options, lambda point: click.echo(point.to_text(), err=True))
     if as_json:

@@ -29,6 +29,7 @@ def command(
     tolerance: float | None,
     lora: Path | None,
     lora_alpha: float | None,
+    backend: str,
     providers: Sequence[str],
     threads: int,
     as_json: bool,
@@ -45,7 +46,7 @@ def command(
 
     report = verify_artifact(
         artifact, checkpoint, tokens, read_text(text) if text else None, tolerance, list(providers), threads, lora,
-        lora_alpha,
+        lora_alpha, backend,
     )  # fmt: skip
     if as_json:
         print_json(report.to_json())

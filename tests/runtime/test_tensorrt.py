@@ -4,6 +4,7 @@ what an engine computes is proved where TensorRT is, by `rwkv-edge verify ARTIFA
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cuda_double
 import numpy as np
 import pytest
 import torch
@@ -22,11 +24,15 @@ from trt_runtime_double import RuntimeDouble, add_engines
 
 from rwkv_edge.artifact import Artifact, write_manifest
 from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.cli import run
+from rwkv_edge.cli.common import SESSION_BACKENDS
 from rwkv_edge.errors import ArtifactError, InputError, MissingDependencyError, RwkvEdgeError, SessionError
 from rwkv_edge.evaluation.synthetic import save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
+from rwkv_edge.runtime.loop import generate_step
 from rwkv_edge.runtime.onnxruntime import OrtSession
-from rwkv_edge.runtime.session import open_session
+from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
+from rwkv_edge.runtime.session import BACKENDS, open_session
 from rwkv_edge.runtime.tensorrt import TrtSession
 
 FORMS = {
@@ -218,6 +224,72 @@ def test_a_tuned_state_is_where_streams_begin(tmp_path: Path, monkeypatch: pytes
     assert_same(session, state, oracle, oracle.initial_state(2))
 
 
+# Candidates
+
+
+@pytest.fixture
+def few(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrtSession:
+    """An engine of up to 3 streams that finds 8 candidates."""
+    RuntimeDouble().install(monkeypatch)
+    shutil.copytree(made / "batch", tmp_path / "few")
+    return TrtSession(add_engines(tmp_path / "few", most=3, sample_k=8), "tensorrt")
+
+
+def test_candidates_are_those_of_the_logits(few: TrtSession) -> None:
+    state, other = few.initial_state(3), few.initial_state(3)
+    for tokens in random_tokens(7, 3):
+        expected = few.step(tokens, other)
+        for found, logits in zip(few.step_candidates(tokens, state), expected, strict=True):
+            assert found.vocab_size == 256
+            assert found.is_sound
+            np.testing.assert_array_equal(found.logits, np.sort(logits)[::-1][:8])
+            np.testing.assert_array_equal(logits[found.tokens], found.logits)
+            assert found.norm == pytest.approx(np.log(np.exp(logits.astype(np.float64)).sum()), rel=1e-6)
+            np.testing.assert_array_equal(found.full(), logits)
+    assert_same(few, state, few, other)
+
+
+def test_candidates_of_a_stream_that_has_gone_on(few: TrtSession) -> None:
+    state = few.initial_state()
+    (found,) = few.step_candidates([1], state)
+    few.prefill([[1, 2]], state)
+    with pytest.raises(SessionError, match="the stream has gone on since these candidates"):
+        found.full()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SamplerConfig(0.0), SamplerConfig(0.7, top_k=4, seed=1), SamplerConfig(top_p=0.02, seed=2), SamplerConfig(seed=3)],
+    ids=["greedy", "top-k", "top-p", "all"],
+)
+def test_generated_tokens_are_those_of_all_logits(
+    config: SamplerConfig, few: TrtSession, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    download = cuda_double.Driver.download
+
+    def counted(self: Any, pointer: int, array: np.ndarray) -> None:
+        fetched.append(array.nbytes)
+        download(self, pointer, array)
+
+    monkeypatch.setattr(cuda_double.Driver, "download", counted)
+    texts = []
+    for session in (few, opened("batch")[1]):
+        steps = generate_step(session, Sampler(config), session.initial_state(), [1, 2, 3])
+        texts.append([next(steps).token for _ in range(40)])
+    assert texts[0] == texts[1]
+    whole = sum(nbytes >= 4 * 256 for nbytes in fetched)
+    if config.temperature == 0:
+        assert whole == 1  # after the prompt
+
+
+def test_an_engine_without_candidates(opened: Open, made: Path) -> None:
+    session, _ = opened("fp32")
+    assert session.candidates == 0
+    with pytest.raises(SessionError, match=r"step\.engine has no candidates; run 'rwkv-edge build' with --sample-k"):
+        session.step_candidates([1], session.initial_state())
+
+
 # Refusals
 
 
@@ -363,7 +435,7 @@ def test_auto_imports_nothing_without_engines(made: Path, copied: Path) -> None:
     write_manifest(copied, replace(Artifact.open(copied).manifest, engines=()))
     code = """
 import sys
-from rwkv_edge.runtime.session import open_session
+from rwkv_edge.runtime.session import BACKENDS, open_session
 open_session(sys.argv[1])
 assert not {"tensorrt", "tensorrt_rtx", "cuda", "rwkv_edge.runtime.tensorrt"} & set(sys.modules)
 """
@@ -375,3 +447,46 @@ def test_engines_alone_say_why_they_do_not_run(copied: Path, monkeypatch: pytest
     RuntimeDouble().install(monkeypatch, capability=(8, 7))
     with pytest.raises(SessionError, match="was built for sm90, but this GPU is sm87"):
         open_session(copied)
+
+
+# Commands
+
+
+def test_backends_of_the_command_line() -> None:
+    assert SESSION_BACKENDS == BACKENDS
+
+
+def test_providers_are_of_onnx_runtime(made: Path) -> None:
+    for backend in ("tensorrt", "cuda"):
+        with pytest.raises(InputError, match="execution providers are ONNX Runtime's; name none, or another backend"):
+            open_session(made / "fp32", backend, providers=["cpu"])
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16"])
+def test_verify(form: str, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An engine is compared with its checkpoint; one that computes something else is found out."""
+    module = RuntimeDouble().install(monkeypatch)
+    command = ["verify", str(made / form), str(made / "model.pth"), "--backend", "tensorrt"]
+    assert run(command) == 0
+    assert "passed" in capsys.readouterr().out
+    assert module.runs >= 64
+    RuntimeDouble(wrong=True).install(monkeypatch)
+    assert run(command) == 1
+
+
+def test_every_command_takes_engines(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("The sea is wide, and the boat is small. " * 40)
+    texts = []
+    for backend in ("onnxruntime", "tensorrt"):
+        module = RuntimeDouble().install(monkeypatch)
+        shared = ["--backend", backend]
+        assert run(["generate", str(made / "fp32"), "The sea", "-n", "24", "--temperature", "0", *shared]) == 0
+        assert run(["soak", str(made / "fp32"), "--tokens", "40", "--checkpoint-every", "20", "--json", *shared]) == 0
+        capsys.readouterr()
+        evaluated = ["eval", str(made / "batch"), "--text", str(tmp_path / "text"), "--window", "64", "--json"]
+        assert run([*evaluated, *shared]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["score"]["nats"])
+        assert (module.runs > 100) == (backend == "tensorrt")
+    assert texts[0] == pytest.approx(texts[1], rel=1e-6)
