@@ -64,7 +64,10 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """RWKV language models on edge devices: from a checkpoint to a verified artifact to text.
 
-    Start with: rwkv-edge demo
+    Every command has --help with an example; exit codes: 0 done, 1 failed or a check did not pass, 2 an argument that
+    cannot be meant, 130 Ctrl-C.
+
+    Example: rwkv-edge demo
     """
 
 

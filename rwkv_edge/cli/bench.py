@@ -7,27 +7,32 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, printable, session_options
+from rwkv_edge.cli.common import PATH, printable, quiet_option, session_options
 from rwkv_edge.cli.progress import count_progress
 
 
 @click.command("bench")
 @click.argument("artifact", type=PATH)
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Steps of a turn.")
-@click.option("--batch", type=click.IntRange(1, 4096), metavar="B", help="Streams.  [default: the artifact's]")
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Steps timed in every turn.")
+@click.option("--batch", type=click.IntRange(1, 4096), metavar="B", help="Streams fed at once.  [default: the artifact's]")
 @click.option(
-    "--prompt", type=click.IntRange(1), default=256, show_default=True, metavar="T", help="Tokens of a prompt."
+    "--prompt", type=click.IntRange(1), default=256, show_default=True, metavar="T", help="Tokens of the timed prompt."
 )
-@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, metavar="R", help="Turns.")
+@click.option(
+    "--runs", type=click.IntRange(1), default=5, show_default=True, metavar="R",
+    help="Turns, of which medians are taken.",
+)  # fmt: skip
 @click.option("--checkpoint", type=PATH, metavar="FILE", help="Compare ARTIFACT with its checkpoint first.")
 @click.option("--compare", metavar="ARTIFACT|rwkv", help="Another artifact, or the rwkv package on the checkpoint.")
 @click.option(
-    "--tolerance", type=click.FloatRange(0, min_open=True), help="Of parity, relative.  [default: by precision]"
-)
+    "--tolerance", type=click.FloatRange(0, min_open=True), metavar="X",
+    help="Largest relative difference with which the check passes.  [default: by precision]",
+)  # fmt: skip
 @click.option("--prepack", is_flag=True, help="Let ONNX Runtime keep its own copy of the weights: faster, more memory.")
 @session_options
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all figures there; - for standard output.")
 @click.option("--plot", type=PATH, metavar="FILE", help="Draw the latencies: .png, .svg or .pdf.")
+@quiet_option
 def command(
     artifact: Path, json_file: Path | None, plot: Path | None, providers: tuple[str, ...], **options: object
 ) -> None:

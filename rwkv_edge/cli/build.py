@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH
+from rwkv_edge.cli.common import PATH, quiet_option
 from rwkv_edge.cli.engines import add_engines, build_options, engine_options
 
 
@@ -18,6 +18,7 @@ from rwkv_edge.cli.engines import add_engines, build_options, engine_options
     "--wkv function.  [default: as exported]",
 )  # fmt: skip
 @engine_options
+@quiet_option
 def command(artifact: Path, wkv: str | None, **options: object) -> None:
     """Build the TensorRT engines of ARTIFACT: step.engine, and prefill-T.engine for every chunk length.
 

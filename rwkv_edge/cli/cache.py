@@ -6,12 +6,15 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, size
+from rwkv_edge.cli.common import PATH, json_option, note, print_json, quiet_option, size
 
 
 @click.group("cache")
 def command() -> None:
-    """Look into the folder of `generate --cache`, or empty it."""
+    """Look into the folder of `generate --cache`, or empty it.
+
+    Example: rwkv-edge cache info prompts
+    """
 
 
 @command.command("info")
@@ -20,7 +23,7 @@ def command() -> None:
 def info(folder: Path, as_json: bool) -> None:
     """Tell how many states DIR holds and how much they take.
 
-    Example: rwkv-edge cache info ~/.cache/rwkv-edge
+    Example: rwkv-edge cache info prompts
     """
     from rwkv_edge.runtime.cache import cache_entries
 
@@ -34,11 +37,17 @@ def info(folder: Path, as_json: bool) -> None:
 
 @command.command("clear")
 @click.argument("folder", metavar="DIR", type=PATH)
-def clear(folder: Path) -> None:
+@json_option
+@quiet_option
+def clear(folder: Path, as_json: bool) -> None:
     """Remove all states in DIR, and nothing else that may be there.
 
-    Example: rwkv-edge cache clear ~/.cache/rwkv-edge
+    Example: rwkv-edge cache clear prompts
     """
     from rwkv_edge.runtime.cache import clear_cache
 
-    click.echo(f"{folder}: {size(clear_cache(folder))} removed")
+    nbytes = clear_cache(folder)
+    if as_json:
+        print_json({"path": str(folder), "bytes": nbytes})
+    else:
+        note(f"{folder}: {size(nbytes)} removed", err=False)

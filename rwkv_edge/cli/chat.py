@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import PATH, printable, session_options
+from rwkv_edge.cli.common import COUNT, PATH, note, printable, quiet_option, session_options
 from rwkv_edge.cli.sampling import sampler_from_options, sampling_options
 from rwkv_edge.errors import InputError, RwkvEdgeError
 from rwkv_edge.runtime.chat_templates import AUTO, TEMPLATES
@@ -42,13 +42,15 @@ Ctrl-C stops an answer; what was said up to there counts."""
 )  # fmt: skip
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
-    "-n", "--max-tokens", default=1024, show_default=True, type=click.IntRange(1), help="Tokens of an answer at most."
-)
+    "-n", "--max-tokens", default=1024, show_default=True, type=click.IntRange(1), metavar=COUNT,
+    help="Tokens of an answer at most.",
+)  # fmt: skip
 @click.option("--show-thinking", is_flag=True, help="Print thoughts too.")
 @click.option("--load", type=PATH, metavar="FILE", help="Go on with a conversation that /save kept.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
 @sampling_options
 @session_options
+@quiet_option
 def command(
     artifact: Path,
     template: str,
@@ -80,7 +82,7 @@ def command(
     chat = Chat(model, chosen, system, config, max_tokens)
     if load:
         chat.load(load)
-    click.echo(f"{printable(str(artifact))}: template {chat.template.name}; /help lists commands", err=True)
+    note(f"{printable(str(artifact))}: template {chat.template.name}; /help lists commands")
     _Terminal(chat, show_thinking).run()
 
 
@@ -127,7 +129,7 @@ class _Terminal:
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
-                click.echo("\n(Ctrl-D leaves)", err=True)
+                note("\n(Ctrl-D leaves)")
 
     def _do(self, line: str) -> None:
         text = line.strip()
@@ -157,7 +159,7 @@ class _Terminal:
                     raise
         click.echo()
         if ending in ("interrupted", "length"):
-            click.echo("(stopped)" if ending == "interrupted" else "(cut at --max-tokens)", err=True)
+            note("(stopped)" if ending == "interrupted" else "(cut at --max-tokens)")
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -178,15 +180,15 @@ class _Terminal:
 
     def _reset(self, _: str) -> None:
         self._chat.reset()
-        click.echo("(everything forgotten)", err=True)
+        note("(everything forgotten)")
 
     def _save(self, name: str) -> None:
         self._chat.save(_file(name, "/save"))
-        click.echo(f"(saved {self._length()} to {printable(name)})", err=True)
+        note(f"(saved {self._length()} to {printable(name)})")
 
     def _load(self, name: str) -> None:
         self._chat.load(_file(name, "/load"))
-        click.echo(f"(loaded {self._length()}, template {self._chat.template.name})", err=True)
+        note(f"(loaded {self._length()}, template {self._chat.template.name})")
 
     def _length(self) -> str:
         turns = len(self._chat.turns)

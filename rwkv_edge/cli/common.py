@@ -17,7 +17,35 @@ from rwkv_edge.errors import InputError, MissingDependencyError
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
+COUNT = "N"  # metavar of a number
+QUIET = "rwkv_edge.quiet"
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def quiet_option(function: F) -> F:
+    """-q and --quiet, which `note` and the progress bars heed."""
+    return click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False,
+        callback=lambda context, _, value: context.meta.update({QUIET: value}),
+        help="Print no progress and no notes; results, warnings and errors remain.",
+    )(function)  # fmt: skip
+
+
+def is_quiet() -> bool:
+    """Whether the running command was called with --quiet."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
+
+
+def note(text: str, err: bool = True) -> None:
+    """A line that --quiet leaves out."""
+    if not is_quiet():
+        click.echo(text, err=err)
+
+
+def hides_progress() -> bool:
+    """Whether bars stay away: standard error is no terminal, or --quiet."""
+    return is_quiet() or sys.stderr is None or not sys.stderr.isatty()
 
 
 SESSION_BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
@@ -26,7 +54,9 @@ SESSION_BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
 
 def session_options(function: F) -> F:
     """--backend, --provider and --threads."""
-    function = click.option("--threads", default=0, show_default="automatic", help="Compute threads.")(function)
+    function = click.option(
+        "--threads", default=0, show_default="automatic", metavar=COUNT, help="Compute threads of ONNX Runtime."
+    )(function)
     function = click.option(
         "--provider", "providers", multiple=True, metavar="NAME",
         help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, nv-tensorrt-rtx or its own name, with options "
@@ -109,7 +139,7 @@ def say_quantized(artifact: Path) -> None:
     facts = Artifact.open(artifact).manifest.quantization
     if facts:
         text = f"{artifact}: quantized, {facts['scheme']}, head {facts.get('head')}, embedding {facts.get('embedding')}"
-        click.echo(printable(text), err=True)
+        note(printable(text))
 
 
 def printable(text: str) -> str:
@@ -133,7 +163,7 @@ def byte_progress(label: str) -> Iterator[Callable[[int], Callable[[int], None]]
 
         def start(total: int) -> Callable[[int], None]:
             steps = max(1, total // 200)
-            hidden = sys.stderr is None or not sys.stderr.isatty()
+            hidden = hides_progress()
             bar = stack.enter_context(
                 click.progressbar(
                     length=total,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, printable, read_text, session_options
+from rwkv_edge.cli.common import PATH, json_option, print_json, printable, quiet_option, read_text, session_options
 from rwkv_edge.cli.progress import count_progress
 
 if TYPE_CHECKING:
@@ -26,24 +26,25 @@ FLATTERS = 0.01  # share of a text that may be common with the calibration's by 
 )
 @click.option(
     "--window", type=click.IntRange(0), default=1024, show_default=True, metavar="N",
-    help="Tokens fed from the initial state at most; 0 carries the state through the whole text.",
+    help="Most tokens fed before the state starts anew; 0 carries it through the whole text.",
 )  # fmt: skip
 @click.option(
     "--warm-up", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-    help="Tokens of every window that come before the first that it scores.",
+    help="Tokens at the beginning of every window that are fed but not scored.",
 )  # fmt: skip
 @click.option(
     "--batch",
     type=click.IntRange(1, 4096),
     metavar="N",
-    help="Windows at once.  [default: the artifact's, or by memory]",
+    help="Windows fed at once.  [default: the artifact's, or by memory]",
 )
-@click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Tokens of the text, from its beginning.")
-@click.option("--samples", type=click.IntRange(1), metavar="N", help="Passages of LAMBADA, from the first on.")
+@click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Score only so many tokens of the text.")
+@click.option("--samples", type=click.IntRange(1), metavar="N", help="Score only so many passages of LAMBADA.")
 @click.option("--begin", is_flag=True, help="Feed the end-of-text token before every passage of LAMBADA.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
 @session_options
 @json_option
+@quiet_option
 def command(
     artifact: Path,
     text: Path | None,

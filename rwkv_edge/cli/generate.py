@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import PATH, ByteSize, printable, read_text, say_quantized, session_options
+from rwkv_edge.cli.common import (
+    PATH,
+    ByteSize,
+    note,
+    printable,
+    quiet_option,
+    read_text,
+    say_quantized,
+    session_options,
+)
 from rwkv_edge.cli.sampling import sampler_from_options, sampling_options
 from rwkv_edge.errors import InputError, RwkvEdgeError
 
@@ -20,19 +29,27 @@ if TYPE_CHECKING:
 @click.command("generate")
 @click.argument("artifact", type=PATH)
 @click.argument("prompt", required=False)
-@click.option("-n", "--max-tokens", default=256, show_default=True, type=click.IntRange(1), help="Tokens to generate.")
-@click.option("--stop", "stops", multiple=True, help="Text to stop before, repeatable.")
-@click.option("--stop-token", "stop_tokens", multiple=True, type=int, help="Token id to stop at, repeatable.")
+@click.option(
+    "-n", "--max-tokens", default=256, show_default=True, type=click.IntRange(1), metavar="N",
+    help="Most tokens to generate.",
+)  # fmt: skip
+@click.option("--stop", "stops", multiple=True, help="Text to stop before; repeatable.")
+@click.option(
+    "--stop-token", "stop_tokens", multiple=True, type=int, metavar="ID",
+    help="Token to stop at; repeatable.  [default: the tokenizer's end of text]",
+)  # fmt: skip
 @click.option("--no-echo", is_flag=True, help="Print the continuation without the prompt.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
 @click.option("--state-in", type=PATH, metavar="FILE", help="Snapshot to go on from; PROMPT may then be left out.")
 @click.option("--state-out", type=PATH, metavar="FILE", help="Snapshot to write when the text has ended.")
 @click.option(
-    "--cache", "cache_folder", type=PATH, metavar="DIR", help="Keep the states of prompts there, and use them."
-)
+    "--cache", "cache_folder", type=PATH, metavar="DIR",
+    help="Keep the states of prompts there, so that a prompt is read once.",
+)  # fmt: skip
 @click.option("--cache-size", type=ByteSize(), default="1GB", show_default=True, help="Bytes that the cache may take.")
 @sampling_options
 @session_options
+@quiet_option
 def command(
     artifact: Path,
     prompt: str | None,
@@ -97,7 +114,7 @@ def _print(continuation: Continuation, flush: bool) -> None:
     finally:
         click.echo()
         if not failed:
-            click.echo(_summary(continuation), err=True)
+            note(_summary(continuation))
 
 
 def _summary(continuation: Continuation) -> str:

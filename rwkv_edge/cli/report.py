@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import PATH, needs, printable
+from rwkv_edge.cli.common import PATH, needs, note, printable, quiet_option
 
 if TYPE_CHECKING:
     from rwkv_edge.evaluation.report_plots import Ranges
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.command("report")
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("-o", "--output", type=PATH, metavar="FILE", help="The page.  [default: DIR/report.html]")
+@quiet_option
 def command(folder: Path, output: Path | None) -> None:
     """Write one HTML page about what is in DIR: sizes, loss, sensitivity, ranges, speed, what was kept in float.
 
@@ -31,7 +32,7 @@ def command(folder: Path, output: Path | None) -> None:
     target, found = write_report(folder, output, histograms_of)
     for name in found.ignored:
         click.echo(f"Warning: {printable(name)} is left out, since it is nothing that rwkv-edge wrote", err=True)
-    click.echo(printable(f"{target}: {len(found.rows)} artifacts, made of {len(found.used)} files"))
+    note(printable(f"{target}: {len(found.rows)} artifacts, made of {len(found.used)} files"), err=False)
 
 
 def histograms_of(path: Path) -> Ranges:

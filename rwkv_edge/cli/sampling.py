@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("--temperature", 1.0, "0 is greedy."),
+    ("--temperature", 1.0, "Divides the logits; 0 always takes the most likely token."),
     ("--top-k", 0, "Keep the K most likely tokens; 0 keeps all."),
     ("--top-p", 1.0, "Keep the most likely tokens that reach this probability."),
     ("--min-p", 0.0, "Drop tokens below this share of the largest probability."),
@@ -28,12 +28,13 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
 
 def sampling_options(function: F) -> F:
     """All parameters of `SamplerConfig` as options."""
-    function = click.option("--seed", type=int, help="For the same text every time.")(function)
+    function = click.option("--seed", type=int, metavar="N", help="Draw the same text every time.")(function)
     function = click.option(
         "--logit-bias", multiple=True, metavar="TOKEN=BIAS", help="Added to a token's logit; -inf bans it. Repeatable."
     )(function)
     for name, default, text in reversed(_OPTIONS):
-        function = click.option(name, default=default, show_default=True, help=text)(function)
+        metavar = "N" if isinstance(default, int) else "X"
+        function = click.option(name, default=default, show_default=True, metavar=metavar, help=text)(function)
     return function
 
 

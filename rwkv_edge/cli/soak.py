@@ -7,14 +7,31 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, adapter_options, json_option, print_json, read_text, session_options
+from rwkv_edge.cli.common import (
+    COUNT,
+    PATH,
+    adapter_options,
+    json_option,
+    note,
+    print_json,
+    quiet_option,
+    read_text,
+    session_options,
+)
 
 
 @click.command("soak")
 @click.argument("artifact", type=PATH)
-@click.option("--tokens", default=1_000_000, show_default=True, type=click.IntRange(1), help="Tokens to feed.")
-@click.option("--text", type=PATH, help="UTF-8 text to feed, over and over.  [default: what the model draws]")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the tokens that are drawn.")
+@click.option(
+    "--tokens", default=1_000_000, show_default=True, type=click.IntRange(1), metavar=COUNT, help="Tokens to feed."
+)
+@click.option(
+    "--text", type=PATH, metavar="FILE", help="UTF-8 text to feed, over and over.  [default: what the model draws]"
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), metavar=COUNT,
+    help="Decides which tokens are drawn.",
+)  # fmt: skip
 @click.option(
     "--checkpoint-every", "every", default=10_000, show_default=True, type=click.IntRange(1), metavar="N",
     help="Tokens between checkpoints.",
@@ -23,13 +40,17 @@ from rwkv_edge.cli.common import PATH, adapter_options, json_option, print_json,
     "--state", type=PATH, metavar="FILE",
     help="Snapshot written at every checkpoint; where it exists, the soak goes on from there.",
 )  # fmt: skip
-@click.option("--reference", type=PATH, metavar="CHECKPOINT", help="Weights to run in float64 beside it.")
 @click.option(
-    "--tolerance", type=click.FloatRange(0, min_open=True), help="Bound on the relative drift.  [default: by precision]"
+    "--reference", type=PATH, metavar="CHECKPOINT", help="Run these weights in float64 beside it, and compare."
 )
+@click.option(
+    "--tolerance", type=click.FloatRange(0, min_open=True), metavar="X",
+    help="Largest relative drift that passes.  [default: by precision]",
+)  # fmt: skip
 @adapter_options
 @session_options
 @json_option
+@quiet_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -62,7 +83,7 @@ def command(
         tokens, every, read_text(text) if text else None, seed, state, source, tolerance, list(providers), threads,
         backend,
     )
-    report = soak(artifact, options, lambda point: click.echo(point.to_text(), err=True))
+    report = soak(artifact, options, lambda point: note(point.to_text()))
     if as_json:
         print_json(report.to_json())
     else:

@@ -17,7 +17,10 @@ MOST_LINES = 20
 
 @click.group("state")
 def command() -> None:
-    """Look into snapshots, as `generate --state-out` and `soak --state` write them."""
+    """Look into snapshots, as `generate --state-out` and `soak --state` write them.
+
+    Example: rwkv-edge state info story.state
+    """
 
 
 @command.command("info")

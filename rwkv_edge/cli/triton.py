@@ -6,26 +6,31 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH
+from rwkv_edge.cli.common import COUNT, PATH, note, quiet_option
 
 
 @click.command("triton")
 @click.argument("artifact", type=PATH)
 @click.option("-o", "--output", "repository", type=PATH, required=True, metavar="REPO", help="The model repository.")
-@click.option("--name", help="Of the model.  [default: ARTIFACT's]")
+@click.option("--name", help="Name of the model on the server.  [default: ARTIFACT's]")
 @click.option(
     "--backend", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime", show_default=True,
     help="Runs the step graph, or the step engine that `build --backend tensorrt` made.",
 )  # fmt: skip
 @click.option("--device", type=click.Choice(["gpu", "cpu"]), default="gpu", show_default=True, help="Where it runs.")
-@click.option("--max-batch", default=8, show_default=True, type=click.IntRange(1), help="Sequences in a step at most.")
 @click.option(
-    "--max-sequences", default=64, show_default=True, type=click.IntRange(1), help="Open sequences; more of them wait."
-)
+    "--max-batch", default=8, show_default=True, type=click.IntRange(1), metavar=COUNT,
+    help="Sequences in a step at most.",
+)  # fmt: skip
+@click.option(
+    "--max-sequences", default=64, show_default=True, type=click.IntRange(1), metavar=COUNT,
+    help="Sequences open at once; more of them wait.",
+)  # fmt: skip
 @click.option(
     "--idle", "idle_seconds", default=3600.0, show_default=True, metavar="SECONDS",
-    help="Without a request for so long, a sequence is forgotten.",
+    help="A sequence without a request for so long is forgotten.",
 )  # fmt: skip
+@quiet_option
 def command(artifact: Path, repository: Path, **options: object) -> None:
     """Add ARTIFACT to the model repository REPO of a Triton Inference Server.
 
@@ -41,4 +46,4 @@ def command(artifact: Path, repository: Path, **options: object) -> None:
 
     chosen = TritonOptions(**options)  # type: ignore[arg-type]  # click checked them
     opened = Artifact.open(artifact)
-    click.echo(f"{write_repository(opened, repository, initial_arrays(opened), chosen)}: ready to be loaded")
+    note(f"{write_repository(opened, repository, initial_arrays(opened), chosen)}: ready to be loaded", err=False)
