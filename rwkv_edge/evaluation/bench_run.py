@@ -105,13 +105,15 @@ def bench(artifact: Path, options: BenchOptions, start: Start | None = None) -> 
     if options.compare == PACKAGE and batch != 1:
         raise InputError(f"the rwkv package runs one stream, not {batch}; leave --batch out")
     step = start("parity", len(contenders))
-    parities = []
+    parities, runs_on = [], []
     for one, (_, checkpoint) in zip(opened, contenders, strict=True):
-        parities.append(_parity(one, checkpoint, options, batch))
+        parity, numerics = _parity(one, checkpoint, options, batch)
+        parities.append(parity)
+        runs_on.append(numerics)
         step(1)
     vocabulary = min(one.manifest.spec.vocab_size for one in opened)
     tokens = np.random.default_rng(0).integers(0, vocabulary, (batch, options.prompt))
-    return _measure(opened, parities, options, tokens, start)
+    return _measure(opened, parities, options, tokens, gpu_of(runs_on[0], options), start)
 
 
 def _check_package() -> None:
@@ -125,19 +127,23 @@ def _batch(artifact: Artifact, options: BenchOptions) -> int:
     return spec.batch or 1 if options.batch is None else checked_batch(options.batch, spec)
 
 
-def _parity(artifact: Artifact, checkpoint: Path | None, options: BenchOptions, batch: int) -> Parity:
-    """Green, or an error. A checkpoint is compared in single steps, so chunks are held against steps in any case."""
+def _parity(artifact: Artifact, checkpoint: Path | None, options: BenchOptions, batch: int) -> tuple[Parity, str]:
+    """Green, or an error; and what the session says that it runs on.
+
+    A checkpoint is compared in single steps, so chunks are held against steps in any case.
+    """
     tolerance = tolerance_of(artifact) if options.tolerance is None else options.tolerance
     session = open_session(
         artifact.path, options.backend, list(options.providers), options.threads, prepack=options.prepack
     )
     try:
+        numerics = session.numerics
         found = self_consistency(artifact, session, options.prompt, batch, tolerance)
     finally:
         session.close()
     if checkpoint is not None and found.passed:
         found = _against_checkpoint(artifact, checkpoint, options, found)
-    return _green(found, str(artifact.path))
+    return _green(found, str(artifact.path)), numerics
 
 
 def _against_checkpoint(artifact: Artifact, checkpoint: Path, options: BenchOptions, own: Parity) -> Parity:
@@ -176,9 +182,13 @@ def _green(parity: Parity, name: str) -> Parity:
 
 
 def _measure(
-    artifacts: Sequence[Artifact], parities: Sequence[Parity], options: BenchOptions, tokens: np.ndarray, start: Start
+    artifacts: Sequence[Artifact],
+    parities: Sequence[Parity],
+    options: BenchOptions,
+    tokens: np.ndarray,
+    gpu: int | None,
+    start: Start,
 ) -> BenchReport:
-    gpu = gpu_of(options)
     machine = Machine(gpu)
     with contextlib.ExitStack() as stack:
         stack.callback(machine.close)
@@ -188,7 +198,7 @@ def _measure(
             workers.append(_started(stack, _contender(artifact, options)))
             found.append(_loaded(workers[-1], artifact, parity, tokens, machine)[0])
         if options.compare == PACKAGE:
-            workers.append(_started(stack, _package(artifacts[0], options)))
+            workers.append(_started(stack, _package(artifacts[0], options, gpu)))
             found.append(_loaded_package(workers, artifacts[0], options, tokens, machine))
         clocks = {"before": machine.clocks()}
         step = start("turns", options.runs)
@@ -211,10 +221,10 @@ def _measure(
         )
 
 
-def gpu_of(options: BenchOptions) -> int | None:
-    """The number of the GPU that computes; None where the CPU does."""
-    if options.backend not in ("auto", "onnxruntime"):
-        return 0
+def gpu_of(numerics: str, options: BenchOptions) -> int | None:
+    """The number of the GPU that computes, by what a session says of itself; None where the CPU does."""
+    if not numerics.startswith("onnxruntime"):
+        return 0  # engines and our own kernels run on the first
     from rwkv_edge.runtime.ort_providers import NVIDIA, checked_providers
 
     provider = checked_providers(list(options.providers))[0]
@@ -232,9 +242,9 @@ def _contender(artifact: Artifact, options: BenchOptions) -> Contender:
     )
 
 
-def _package(artifact: Artifact, options: BenchOptions) -> Contender:
+def _package(artifact: Artifact, options: BenchOptions, gpu: int | None) -> Contender:
     assert options.checkpoint
-    strategy = "cpu fp32" if gpu_of(options) is None else f"cuda {artifact.manifest.spec.precision}"
+    strategy = "cpu fp32" if gpu is None else f"cuda {artifact.manifest.spec.precision}"
     version = artifact.manifest.spec.version
     return Contender(PACKAGE, options.checkpoint, version, strategy, threads=options.threads)
 

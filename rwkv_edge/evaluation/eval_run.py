@@ -202,9 +202,7 @@ class _Evaluation:
             if options.batch is not None:
                 checked_batch(options.batch, self.model.session.spec)
             if options.compare:
-                self.sessions.append(
-                    open_session(options.compare, options.backend, options.providers, options.threads)
-                )
+                self.sessions.append(open_session(options.compare, options.backend, options.providers, options.threads))
         except BaseException:
             self.close()
             raise

@@ -25,7 +25,7 @@ from rwkv_edge.cli import run
 from rwkv_edge.errors import SessionError, VerificationError
 from rwkv_edge.evaluation.bench_parity import Parity, self_consistency
 from rwkv_edge.evaluation.bench_report import BenchReport, Measured, Turn, percentile
-from rwkv_edge.evaluation.bench_run import BenchOptions, bench, bytes_per_step
+from rwkv_edge.evaluation.bench_run import BenchOptions, bench, bytes_per_step, gpu_of
 from rwkv_edge.evaluation.bench_worker import WARM_STEPS, Contender, Worker
 from rwkv_edge.evaluation.describe import describe
 from rwkv_edge.runtime.session import open_session
@@ -271,6 +271,15 @@ def test_bytes_of_a_step(folder: Path) -> None:
     spec = Artifact.open(folder / "one").manifest.spec
     three = bytes_per_step(Artifact.open(folder / "three"), 3)
     assert three == one + 2 * (4 * spec.n_embd + 2 * spec.state_nbytes)
+
+
+def test_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_of("onnxruntime 1.32.0, CPUExecutionProvider, threads 1", options()) is None
+    assert gpu_of("TensorRT 10.3, Orin, step.engine 0123, wkv plugin", options()) == 0
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert gpu_of("onnxruntime 1.32.0, CUDAExecutionProvider:device_id=1", options(providers=["cuda:device_id=1"])) == 1
 
 
 # The process and the command
