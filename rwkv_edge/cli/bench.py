@@ -13,8 +13,12 @@ from rwkv_edge.cli.progress import count_progress
 
 @click.command("bench")
 @click.argument("artifact", type=PATH)
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Steps timed in every turn.")
-@click.option("--batch", type=click.IntRange(1, 4096), metavar="B", help="Streams fed at once.  [default: the artifact's]")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Steps timed in every turn."
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 4096), metavar="B", help="Streams fed at once.  [default: the artifact's]"
+)
 @click.option(
     "--prompt", type=click.IntRange(1), default=256, show_default=True, metavar="T", help="Tokens of the timed prompt."
 )

@@ -12,8 +12,6 @@ import click
 
 from rwkv_edge.cli.common import hides_progress
 
-from rwkv_edge.cli.common import hides_progress
-
 
 class Percentage(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
     """A part in percent: '0.5%' or '0.5'."""

@@ -80,7 +80,15 @@ def command(
 
     source = ReferenceSource(reference, lora, lora_alpha) if reference else None
     options = SoakOptions(
-        tokens, every, read_text(text) if text else None, seed, state, source, tolerance, list(providers), threads,
+        tokens,
+        every,
+        read_text(text) if text else None,
+        seed,
+        state,
+        source,
+        tolerance,
+        list(providers),
+        threads,
         backend,
     )
     report = soak(artifact, options, lambda point: note(point.to_text()))

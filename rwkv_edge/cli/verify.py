@@ -13,9 +13,7 @@ from rwkv_edge.cli.common import PATH, adapter_options, json_option, needs, prin
 @click.command("verify")
 @click.argument("artifact", type=PATH)
 @click.argument("checkpoint", type=PATH)
-@click.option(
-    "--tokens", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens to compare."
-)
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens to compare.")
 @click.option("--text", type=PATH, metavar="FILE", help="UTF-8 text to feed.  [default: a sample in several scripts]")
 @click.option(
     "--tolerance", type=click.FloatRange(0, min_open=True), metavar="X",
