@@ -241,8 +241,6 @@ def wkv(a: Arguments) -> None:
         v = v + (first - v) * sigmoid(halves[3] + a.take(*shape, dtype=a.act))
     k_k, k_a, r_k, weight, bias = (a.take(*shape) for _ in range(5))
     state = a.take(batch, heads, a.HEAD, a.HEAD)
-    if a.BRING:
-        a.driver.memory(a.pointers.pop(0), a.BRING)
     kk = k * k_k
     kk /= np.maximum(np.linalg.norm(kk, axis=-1, keepdims=True), 1e-12)
     k = k * ((rate - 1) * k_a + 1)

@@ -106,7 +106,7 @@ def gpus_from_driver(driver: Any) -> Gpus:
         found = []
         for ordinal in range(int(_checked(driver.cuDeviceGetCount()))):
             device = _checked(driver.cuDeviceGet(ordinal))
-            name = _checked(driver.cuDeviceGetName(96, device)).decode("utf-8", "replace").rstrip("\0")
+            name = _checked(driver.cuDeviceGetName(96, device)).decode("utf-8", "replace").partition("\0")[0]
             capability = tuple(int(_checked(driver.cuDeviceGetAttribute(a, device))) for a in (major, minor))
             memory = int(_checked(driver.cuDeviceTotalMem(device)))
             found.append(Gpu(name, (capability[0], capability[1]), memory))

@@ -29,7 +29,6 @@ TYPES: Final[Mapping[str, str]] = {"float32": "Float", "float16": "Half", "bfloa
 
 _ITEM: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 WARP: Final = 32
-ASKED: Final = 4096  # bytes that a thread brings into the cache at once, as in fused.cuh
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ class Tuning:
         head: see ``time_mix_in``.
         skip: rows of the value matrix whose input is zero are not read.
         ahead: loads of a thread in flight.
-        bring: bytes of the key matrix that come into the cache while the recurrence runs.
         threads: of a block.
     """
 
@@ -104,7 +102,6 @@ class Tuning:
     head: int = 64
     skip: bool = True
     ahead: int = 8
-    bring: int = 0
     threads: int = 256
 
 
@@ -193,20 +190,18 @@ class Kernels:
     def wkv(self, layer: int) -> FusedKernel:
         """Second halves of the LoRAs, the recurrence, group norm, bonus, gate."""
         d, rank_v = self.dimensions, self.dimensions.rank_v if layer else 0
-        item = 1 if f"blocks.{layer}.ffn.key" in self.int8 else _ITEM[d.dtype]
-        bring = min(self.tuning.bring, d.width * d.hidden * item) // 128 * 128
         return self._kernel(
             "v7_wkv",
-            {"RANK_V": rank_v, "BRING": bring, "INT8": self._mask(f"blocks.{layer}.att.", ("g2",)), **self._ranks()},
+            {"RANK_V": rank_v, "INT8": self._mask(f"blocks.{layer}.att.", ("g2",)), **self._ranks()},
             d.head_size,
             0,
             (
                 "r", "k", "v", "hw", "ha", "hg", *(["hv", "v_first"] if rank_v else []), "w2", "a2", "g2",
                 "g2.scale", *(["v2"] if rank_v else []), "w0", "a0", *(["v0"] if rank_v else []), "k_k", "k_a", "r_k",
-                "ln_x.weight", "ln_x.bias", "wkv", *(["next"] if bring else []),
+                "ln_x.weight", "ln_x.bias", "wkv",
             ),
             ("y", "wkv"),
-            (d.heads + -(-bring // (ASKED * self.tuning.threads)), self.batch, 1),
+            (d.heads, self.batch, 1),
             0,
             batch=1,
         )  # fmt: skip

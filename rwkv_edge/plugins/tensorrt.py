@@ -1,22 +1,23 @@
 """The WKV kernels as plugins of TensorRT, ahead of time: their PTX becomes part of the engine, which then runs without
 Python and without a library.
 
-A plugin has the name and the namespace of the local function in whose place the parser puts it, ``rwkv::wkvN_step``,
-its inputs and its outputs (`rwkv_edge.exporters.recurrences`). What each TensorRT does with such a node is in
-`rwkv_edge.exporters.trt_targets`. Source of the interface: the documentation and the Python text of ``tensorrt.plugin``
+A plugin has the name and the namespace of the local function in whose place the parser puts it, ``rwkv::wkvN_step`` or
+``rwkv::wkvN_sequence``, its inputs and its outputs (`rwkv_edge.exporters.recurrences`, `sequence_functions`). What each
+TensorRT does with such a node is in `rwkv_edge.exporters.trt_targets`. Source of the interface: the documentation and the Python text of ``tensorrt.plugin``
 in TensorRT 10.9 to 11.1 (register, autotune, aot_impl; kernels get inputs, int32 scalars, outputs).
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import GenericAlias
 from typing import Any
 
 from rwkv_edge.errors import ExportError
-from rwkv_edge.plugins.spec import VERSIONS, Argument, kernel_spec
+from rwkv_edge.plugins.spec import KINDS, VERSIONS, Argument, KernelSpec, Kind, Version, kernel_spec
 
 NAMESPACE = "rwkv"
 ACT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
@@ -48,17 +49,14 @@ def register_plugins(trt: Any, capability: int) -> None:
         ) from error
     assert all(map(callable, needed))
     _capabilities[trt.__name__] = capability
-    for version in VERSIONS:
-        name = f"wkv{version}_step"
-        if not hasattr(getattr(trtp.op, NAMESPACE, None), name):
-            _register(trtp, trt.__name__, name, version)
+    for version, kind in itertools.product(VERSIONS, KINDS):
+        if not hasattr(getattr(trtp.op, NAMESPACE, None), f"wkv{version}_{kind}"):
+            _register(trtp, trt.__name__, version, kind)
 
 
-def _register(trtp: Any, module: str, name: str, version: str) -> None:
+def _register(trtp: Any, module: str, version: Version, kind: Kind) -> None:
     """The three functions by which TensorRT knows a plugin: its outputs, its types, its kernel."""
-    spec = kernel_spec(
-        version, "step", "float16", 64
-    )  # names, axes and order, which every kernel of the version shares
+    spec = kernel_spec(version, kind, "float16", 64)  # names, axes and order, which all dtypes and head sizes share
     names = [argument.name for argument in spec.inputs]
     inputs: Annotations = [(argument, trtp.TensorDesc) for argument in names]
     outputs = GenericAlias(tuple, (trtp.TensorDesc,) * len(spec.outputs))
@@ -76,10 +74,11 @@ def _register(trtp: Any, module: str, name: str, version: str) -> None:
     def kernel(*arguments: Any) -> tuple[Any, ...]:
         given = dict(zip(names, arguments[: len(names)], strict=True))
         act = next(argument.name for argument in spec.inputs if argument.dtype == "float16")
-        return _kernel(trtp, version, ACT_DTYPES[given[act].dtype.name], _sizes(given), _capabilities[module])
+        made = kernel_spec(version, kind, ACT_DTYPES[given[act].dtype.name], _head_size(given))
+        return _kernel(trtp, made, _dimensions(made, given), _capabilities[module])
 
     result = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    plugin = f"{NAMESPACE}::{name}"
+    plugin = f"{NAMESPACE}::wkv{version}_{kind}"
     trtp.register(plugin)(_signed(describe, inputs, outputs))
     tail: Annotations = [("outputs", outputs)]
     trtp.autotune(plugin)(_signed(combinations, [*inputs, *tail], list[trtp.AutoTuneCombination]))
@@ -87,12 +86,9 @@ def _register(trtp: Any, module: str, name: str, version: str) -> None:
 
 
 def _kernel(
-    trtp: Any, version: str, dtype: str, sizes: tuple[Any, Any, int], capability: int
+    trtp: Any, spec: KernelSpec, dimensions: tuple[Any, Any, Any, int], capability: int
 ) -> tuple[str, str, Any, Any]:
-    """Name, PTX, launch parameters and scalars; batch and heads may be symbolic."""
-    batch, heads, head_size = sizes
-    spec = kernel_spec(version, "step", dtype, head_size)
-    dimensions = batch, 1, heads, head_size
+    """Name, PTX, launch parameters and scalars; the dimensions B, T, H and N may be symbolic but for the last."""
     launch = trtp.KernelLaunchParams()
     launch.grid_x, launch.grid_y, launch.grid_z = spec.grid(*dimensions)
     launch.block_x, launch.block_y, launch.block_z = spec.block(*dimensions)
@@ -101,13 +97,16 @@ def _kernel(
     return spec.name, spec.ptx(capability), launch, scalars
 
 
-def _sizes(given: dict[str, Any]) -> tuple[Any, Any, int]:
-    """Batch, heads and head size by the shapes of the inputs; RWKV-4 has a channel for each head."""
-    if "state" in given:
-        batch, heads, _, head_size = given["state"].shape_expr
-        return batch, heads, int(head_size.constant_value())
-    batch, channels = given["num"].shape_expr
-    return batch, channels, 1
+def _head_size(given: dict[str, Any]) -> int:
+    """N, by the shape of the state; RWKV-4 has a channel for each head."""
+    return int(given["state"].shape_expr[3].constant_value()) if "state" in given else 1
+
+
+def _dimensions(spec: KernelSpec, given: dict[str, Any]) -> tuple[Any, Any, Any, int]:
+    """B, T, H and N by the shapes of the inputs."""
+    batch, heads = (given["state" if "state" in given else "num"].shape_expr[axis] for axis in (0, 1))
+    tokens = given["k"].shape_expr[1] if spec.kind == "sequence" else 1
+    return batch, tokens, heads, spec.head_size
 
 
 def _twin(output: Argument, inputs: Sequence[Argument]) -> str:

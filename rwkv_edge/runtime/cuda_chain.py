@@ -143,7 +143,6 @@ class Chain:
         inputs = {
             **buffers, **att, "tokens": outputs.tokens, "emb": self._weights["emb"], "stream": buffers["stream.0"],
             "shift": state.shifts[side][layer][0], "v": buffers[value], "wkv": state.wkv[layer],
-            "next": self._weights[f"blocks.{layer}.ffn.key"],
         }  # fmt: skip
         # weights and buffers share no name but v, k, r: those of the checkpoint are called value, key, receptance
         first = {**buffers, "stream": buffers["stream.1"], "shift": state.shifts[1 - side][layer][0]}

@@ -44,7 +44,7 @@ class Driver:
         minor = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         self.capability = major * 10 + minor
         self.processors = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-        self.name = self._call("cuDeviceGetName", 96, self._device).decode().rstrip("\0")
+        self.name = self._call("cuDeviceGetName", 96, self._device).decode().partition("\0")[0]
         self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._modules: list[Any] = []
         self._memory: set[int] = set()

@@ -31,19 +31,6 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Asks for `bytes` at `from` to be brought into the second-level cache; bytes and address are multiples of 128.
-constexpr int ASKED = 4096;  // bytes that a thread asks for at once
-__device__ __forceinline__ void bring(const char* from, long long bytes, int thread, int threads) {
-    for (long long at = static_cast<long long>(thread) * ASKED; at < bytes; at += static_cast<long long>(threads) * ASKED) {
-        const int size = static_cast<int>(bytes - at < ASKED ? bytes - at : ASKED);
-#if __CUDA_ARCH__ >= 900
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(size) : "memory");
-#else
-        for (int line = 0; line < size; line += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at + line));
-#endif
-    }
-}
-
 __device__ __forceinline__ uint4 load_once(const void* from) {
     uint4 raw;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

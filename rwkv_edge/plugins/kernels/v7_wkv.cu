@@ -3,9 +3,6 @@
 //
 // Further parameters: INNER (A), RANK_W, RANK_A, RANK_G, RANK_V (0 in layer 0). All of r, k, v, h* and y is float.
 // v_first is layer 0's v. Grid (H, B). state_out may be state_in: a thread reads its part before it writes it.
-//
-// The heads are fewer than the processors, and their work is a chain of short dependent parts: meanwhile the memory would
-// be idle. BRING bytes of a matrix that a later kernel reads are asked into the cache by blocks beyond the heads.
 #include "fused.cuh"
 
 constexpr int QUAD_LANES = power_of_two(HEAD / 4);  // threads of a row of the state
@@ -47,17 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
 #endif
     const float* __restrict__ k_k, const float* __restrict__ k_a, const float* __restrict__ r_k,
     const float* __restrict__ norm_weight, const float* __restrict__ norm_bias, const float* state_in,
-#if BRING
-    const char* next,
-#endif
     float* y, float* state_out) {
-#if BRING
-    if (blockIdx.x >= INNER / HEAD) {
-        wait_for_previous();
-        if (blockIdx.y == 0) bring(next, BRING, (blockIdx.x - INNER / HEAD) * THREADS + threadIdx.x, (gridDim.x - INNER / HEAD) * THREADS);
-        return;
-    }
-#endif
     __shared__ float hidden[HIDDEN];
     __shared__ float partial[WARPS * LORAS * HEAD];
     __shared__ __align__(16) float r_s[HEAD], w_s[HEAD], k_s[HEAD], v_s[HEAD], kk_s[HEAD], b_s[HEAD];
