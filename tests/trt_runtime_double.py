@@ -246,9 +246,10 @@ class RuntimeDouble:
 
 def _runtime(module: RuntimeDouble) -> type:
     class Runtime:
-        __slots__ = ()
+        __slots__ = ("engine_host_code_allowed",)
 
         def __init__(self, logger: Any) -> None:
+            self.engine_host_code_allowed = False
             module.loggers = [logger]
             if module.fails == "start":
                 module.log("createInferRuntime: Error Code 6: CUDA initialization failure: 35")
@@ -259,6 +260,10 @@ def _runtime(module: RuntimeDouble) -> type:
             if module.fails == "load" or not (data.startswith(MAGIC) and data.endswith(b"end")):
                 module.log("IRuntime::deserializeCudaEngine: Error Code 1: Serialization (no engine)")
                 return None
-            return ICudaEngine(module, json.loads(data[len(MAGIC) : -3]))
+            file = json.loads(data[len(MAGIC) : -3])
+            if file["entry"]["version_compatible"] and not self.engine_host_code_allowed:
+                module.log("IRuntime::deserializeCudaEngine: Error Code 3: engineHostCodeAllowed is false")
+                return None
+            return ICudaEngine(module, file)
 
     return Runtime

@@ -79,7 +79,7 @@ def open_graph(loader: EngineLoader, driver: Driver, spec: ModelSpec, entry: Eng
         SessionError: it cannot be loaded, takes or gives something else than the spec says, or needs too much memory.
     """
     path = folder / entry.file
-    engine = loader.load(path)
+    engine = loader.load(path, entry.version_compatible)
     check_ports(engine, spec, entry, path)
     nbytes = int(engine.device_memory_size_v2)
     return TrtGraph(engine, entry, driver.allocate(nbytes), nbytes)

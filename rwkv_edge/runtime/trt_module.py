@@ -82,6 +82,8 @@ class CudaEngine(Protocol):
 class Runtime(Protocol):
     """Runtime."""
 
+    engine_host_code_allowed: bool
+
     def deserialize_cuda_engine(self, serialized_engine: mmap.mmap) -> CudaEngine | None:
         """An engine from the bytes of its file."""
         ...
@@ -129,14 +131,19 @@ class EngineLoader:
         except (TypeError, RuntimeError) as error:  # pybind11's factory returned nothing
             raise SessionError(f"{self.words} cannot start: {self.reason(error)}; check the GPU's driver") from error
 
-    def load(self, path: Path) -> CudaEngine:
+    def load(self, path: Path, host_code: bool = False) -> CudaEngine:
         """The engine in a file, read where it is mapped: engines of many GB need no second copy.
+
+        Args:
+            path: the file.
+            host_code: it brings its runtime along, as version-compatible engines do, which no other may.
 
         Raises:
             ArtifactError: the file cannot be read.
             SessionError: it holds no engine for this runtime.
         """
         self._log.errors.clear()
+        self._runtime.engine_host_code_allowed = host_code
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 engine = self._runtime.deserialize_cuda_engine(mapped)

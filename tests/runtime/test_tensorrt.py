@@ -26,14 +26,17 @@ from rwkv_edge.artifact import Artifact, write_manifest
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.cli import run
 from rwkv_edge.cli.common import SESSION_BACKENDS
+from rwkv_edge.engines import error_log
 from rwkv_edge.errors import ArtifactError, InputError, MissingDependencyError, RwkvEdgeError, SessionError
 from rwkv_edge.evaluation.synthetic import save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
+from rwkv_edge.exporters.trt_candidates import add_candidates
 from rwkv_edge.runtime.loop import generate_step
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
 from rwkv_edge.runtime.session import BACKENDS, open_session
 from rwkv_edge.runtime.tensorrt import TrtSession
+from rwkv_edge.runtime.trt_graph import expected_ports
 
 FORMS = {
     "fp32": ExportOptions(tokenizer="bytes", chunks=(4, 16), all_logits=True),
@@ -290,6 +293,31 @@ def test_an_engine_without_candidates(opened: Open, made: Path) -> None:
         session.step_candidates([1], session.initial_state())
 
 
+# Names, types and shapes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("batch", [1, None])
+def test_inputs_and_outputs_are_those_of_nvidias_parser(batch: int | None, precision: str, tmp_path: Path) -> None:
+    """What a session expects of an engine is what the parser makes of the graph, which needs no GPU."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    options = ExportOptions(precision=precision, batch=batch, chunks=(8,), all_logits=True, tokenizer="none")
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model.pth"))
+    manifest = export_checkpoint(checkpoint, tmp_path / "model", options)
+    for entry in add_engines(tmp_path / "model", sample_k=5).manifest.engines:
+        log = error_log(trt)
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        assert parser.parse_from_file(str(tmp_path / "model" / entry.graph))
+        if entry.sample_k:
+            add_candidates(trt, network, entry.sample_k)
+        tensors = [("INPUT", network.get_input(i)) for i in range(network.num_inputs)]
+        tensors += [("OUTPUT", network.get_output(i)) for i in range(network.num_outputs)]
+        found = {tensor.name: (mode, tensor.dtype.name, tuple(tensor.shape)) for mode, tensor in tensors}
+        assert found == expected_ports(manifest.spec, entry)
+
+
 # Refusals
 
 
@@ -348,6 +376,14 @@ def copied(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_engines_of_other_weights(copied: Path) -> None:
     add_engines(copied, model_hash="a" * 64)
     assert "step.engine was built from other weights" in refused(copied.parent)
+
+
+def test_a_later_version_runs_version_compatible_engines(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_engines(copied, version_compatible=True)
+    RuntimeDouble("10.16.1.2").install(monkeypatch)
+    session = open_session(copied, "tensorrt")
+    assert session.numerics.startswith("TensorRT 10.16.1.2, numpy, step.engine ")
+    session.step([1], session.initial_state())
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "empty", "missing"])
