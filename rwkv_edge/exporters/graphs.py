@@ -30,7 +30,7 @@ class GraphForm:
     Attributes:
         kind: 'step' (one token), 'prefill' (a chunk, logits of its last token) or 'score' (a chunk, all logits).
         tokens: 1, or the length of the chunk.
-        wkv: 'inline' or 'function'; chunks are inline.
+        wkv: 'inline' or 'function'.
         widened: compute in float32 whatever the weights' dtype; inputs and outputs stay the same.
     """
 
@@ -103,7 +103,7 @@ def _tracer(builder: GraphBuilder, model: Model, layout: WeightLayout, form: Gra
     compute = "float32" if form.widened else None
     if form.kind == "step":
         return Tracer(builder, model.spec, layout, form.wkv, compute)
-    return SequenceTracer(builder, model.spec, layout, form.tokens, compute, all_logits=form.kind == "score")
+    return SequenceTracer(builder, model.spec, layout, form.tokens, form.wkv, compute, all_logits=form.kind == "score")
 
 
 def _tokens(tracer: Tracer, form: GraphForm, batch: int | str) -> Symbol:

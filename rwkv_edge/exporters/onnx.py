@@ -36,7 +36,7 @@ class ExportOptions:
     Attributes:
         precision: 'fp32', 'fp16' or 'bf16', of weights and activations; the recurrence stays in float32.
         batch: streams per step; None for a dynamic axis.
-        wkv: 'inline' for plain operators, 'function' for the local functions ``rwkv::wkvN_step``.
+        wkv: 'inline' for plain operators, 'function' for the local functions ``rwkv::wkvN_step`` and ``_sequence``.
         tokenizer: 'world', 'bytes', 'none', a path to tokenizer.json, or None to choose by the vocabulary size.
         rescale: layers after which the residual stream is halved, 0 for never; None for 6 in fp16 of RWKV-4 to 6.
         state: a tuned state to begin with, or None.
@@ -113,9 +113,9 @@ def _forms(options: ExportOptions) -> list[tuple[GraphForm, str]]:
     In bfloat16, which ONNX Runtime's CPU provider has few operators for, each has a widened twin.
     """
     forms = [GraphForm("step", 1, options.wkv)]
-    forms += [GraphForm("prefill", chunk) for chunk in sorted(set(options.chunks))]
+    forms += [GraphForm("prefill", chunk, options.wkv) for chunk in sorted(set(options.chunks))]
     if options.all_logits:
-        forms.append(GraphForm("score", max(options.chunks)))
+        forms.append(GraphForm("score", max(options.chunks), options.wkv))
     if options.precision != "bf16":
         return [(form, "any") for form in forms]
     twins = [GraphForm(form.kind, form.tokens, form.wkv, widened=True) for form in forms]

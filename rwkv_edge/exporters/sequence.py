@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
@@ -9,6 +12,7 @@ from onnxscript import GraphBuilder
 from rwkv_edge.errors import InputError
 from rwkv_edge.exporters.chunks import MAX_TOKENS, Streams7, wkv4_chunk, wkv6_chunk, wkv7_chunk
 from rwkv_edge.exporters.layout import WeightLayout
+from rwkv_edge.exporters.sequence_functions import wkv4_sequence, wkv5_sequence, wkv6_sequence, wkv7_sequence
 from rwkv_edge.exporters.tracer import Symbol, Tracer
 from rwkv_edge.spec import ModelSpec
 
@@ -21,6 +25,7 @@ class SequenceTracer(Tracer):
         spec: dimensions and precision.
         layout: places of the parameters.
         tokens: T, from 2 to 1024.
+        wkv: 'inline' for plain operators, 'function' for a local function ``rwkv::wkvN_sequence``.
         compute: dtype of activations.
         all_logits: keep every row for the head, instead of the last.
     """
@@ -31,12 +36,13 @@ class SequenceTracer(Tracer):
         spec: ModelSpec,
         layout: WeightLayout,
         tokens: int,
+        wkv: str = "inline",
         compute: str | None = None,
         all_logits: bool = False,
     ) -> None:
         if not 2 <= tokens <= MAX_TOKENS:
             raise InputError(f"a chunk has from 2 to {MAX_TOKENS} tokens, not {tokens}")
-        super().__init__(builder, spec, layout, "inline", compute)
+        super().__init__(builder, spec, layout, wkv, compute)
         self._tokens = tokens
         self._batch = spec.batch or -1
         self._rows = spec.batch * tokens if spec.batch else -1
@@ -68,6 +74,12 @@ class SequenceTracer(Tracer):
     ) -> tuple[Symbol, tuple[Symbol, Symbol, Symbol]]:
         """A prefix sum by doubling."""
         shape = [self._batch, self._tokens, self._spec.n_att]
+        if self._wkv == "function":
+            inputs = [*state, decay, first, *(self._reshape(x, shape) for x in (k, v))]
+            names = ("num", "den", "top", "w", "u", "k", "v")
+            body = partial(wkv4_sequence, tokens=self._tokens)
+            found = self._lowered("wkv4_sequence", body, names, inputs, (5, 0, 1, 2))
+            return self._reshape(found[0], [self._rows, self._spec.n_att]), (found[1], found[2], found[3])
         keys, values = (self._reshape(x, shape).value for x in (k, v))
         num, den, top = state
         y, after = wkv4_chunk(
@@ -87,6 +99,10 @@ class SequenceTracer(Tracer):
         self, state: Symbol, r: Symbol, decay_log: Symbol, first: Symbol, k: Symbol, v: Symbol
     ) -> tuple[Symbol, Symbol]:
         """`wkv6` with the same decay for every token."""
+        if self._wkv == "function":
+            body = partial(wkv5_sequence, tokens=self._tokens)
+            inputs = {"state": state, "r": r, "w": self.exp(decay_log), "u": first, "k": k, "v": v}
+            return self._sequence("wkv5_sequence", body, inputs)
         ones = self._constant("wkv5.ones", np.ones((self._tokens, 1)))
         spread = self.op.Mul(self.op.Unsqueeze(decay_log.value, [0, 2]), ones)  # [1, H, T, N]
         return self._chunk56(state, r, spread, first, k, v)
@@ -95,6 +111,10 @@ class SequenceTracer(Tracer):
         self, state: Symbol, r: Symbol, decay_log: Symbol, first: Symbol, k: Symbol, v: Symbol
     ) -> tuple[Symbol, Symbol]:
         """Decay-masked attention in runs of 16 tokens."""
+        if self._wkv == "function":
+            body = partial(wkv6_sequence, tokens=self._tokens)
+            inputs = {"state": state, "r": r, "w": self.exp(decay_log), "u": first, "k": k, "v": v}
+            return self._sequence("wkv6_sequence", body, inputs)
         return self._chunk56(state, r, self._streams(decay_log), first, k, v)
 
     def _chunk56(
@@ -109,9 +129,23 @@ class SequenceTracer(Tracer):
         self, state: Symbol, r: Symbol, decay_log: Symbol, k: Symbol, v: Symbol, kk: Symbol, a: Symbol
     ) -> tuple[Symbol, Symbol]:
         """The chunk form by masked recursion."""
+        if self._wkv == "function":
+            body = partial(wkv7_sequence, tokens=self._tokens, head_size=self._spec.head_size)
+            inputs = {"state": state, "r": r, "w": self.exp(decay_log), "k": k, "v": v, "kk": kk, "a": a}
+            return self._sequence("wkv7_sequence", body, inputs)
         streams = Streams7(*(self._streams(x) for x in (r, decay_log, k, v, kk, a)))
         y, after = wkv7_chunk(self.op, self._constant, state.value, streams, self._tokens, self._spec.head_size)
         return self._rows_of(y), self.symbol(after)
+
+    def _sequence(
+        self, name: str, body: Callable[..., tuple[ir.Value, ...]], inputs: Mapping[str, Symbol]
+    ) -> tuple[Symbol, Symbol]:
+        """A call of a function; rows [R, H, N] become streams [B, T, H, N], which is the same memory."""
+        shape = [self._batch, self._tokens, self._spec.n_head, self._spec.head_size]
+        rows = ("r", "k", "v", "kk", "a", *(("w",) if name != "wkv5_sequence" else ()))
+        values = [self._reshape(x, shape) if argument in rows else x for argument, x in inputs.items()]
+        y, after = self._lowered(name, body, tuple(inputs), values, (1, 0))
+        return self._reshape(y, [self._rows, *shape[2:]]), after
 
     def _last(self, streams: ir.Value) -> Symbol:
         """[B, T, D] → [B, D]."""

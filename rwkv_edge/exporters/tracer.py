@@ -255,7 +255,10 @@ class Tracer:
         if self._wkv == "inline":
             return tuple(self.symbol(value) for value in body(self.op, *values))
         if name not in self._functions:
-            formal = [ir.Value(name=argument) for argument in arguments]
+            formal = [
+                ir.Value(name=argument, type=value.type, shape=value.shape)
+                for argument, value in zip(arguments, values, strict=True)
+            ]
             self._functions[name] = build_function(
                 body, formal, domain=FUNCTION_DOMAIN, name=name, opset_imports={"": OPSET}
             )

@@ -3,8 +3,9 @@ Python and without a library.
 
 A plugin has the name and the namespace of the local function in whose place the parser puts it, ``rwkv::wkvN_step`` or
 ``rwkv::wkvN_sequence``, its inputs and its outputs (`rwkv_edge.exporters.recurrences`, `sequence_functions`). What each
-TensorRT does with such a node is in `rwkv_edge.exporters.trt_targets`. Source of the interface: the documentation and the Python text of ``tensorrt.plugin``
-in TensorRT 10.9 to 11.1 (register, autotune, aot_impl; kernels get inputs, int32 scalars, outputs).
+TensorRT does with such a node is in `rwkv_edge.exporters.trt_targets`. Source of the interface: the documentation and
+the Python text of ``tensorrt.plugin`` in TensorRT 10.9 to 11.1 (register, autotune, aot_impl; kernels get inputs, int32
+scalars, outputs).
 """
 
 from __future__ import annotations
