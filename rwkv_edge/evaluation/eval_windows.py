@@ -15,7 +15,7 @@ from rwkv_edge.runtime.session import Session
 BLOCK = 64
 """Tokens whose losses are summed before a standard error is taken: the losses of neighbours correlate."""
 
-LOGITS_BYTES = 1 << 28  # of one session's logits at once
+LOGITS_BYTES = 1 << 26  # of one session's logits at once; copies come on top
 MOST_ROWS = 16  # streams of a batch, where the user leaves the choice; more gain little on a CPU
 STEPPED_PART = 32  # tokens of a part without a graph that scores
 PADDING_PAYS = 16  # a scoring chunk takes about as long as a sixteenth of its tokens in single steps
@@ -84,7 +84,7 @@ class Batching:
 
 
 def batching(vocab_size: int, chunks: Sequence[int], rows: int | None = None) -> Batching:
-    """What keeps the logits of a batch near 256 MiB.
+    """What keeps the logits of a batch near 64 MiB.
 
     Args:
         vocab_size: V.
