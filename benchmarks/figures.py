@@ -89,7 +89,7 @@ def step_gpu(f: Figures) -> Iterator[Line]:
         )
         other = found.get(ORT)
         if other is not None and other["parity"] == "green":
-            words += f", {other['call_s'] / engine['step_s']:.1f} x ONNX Runtime with a CUDA graph"
+            words += f", {other['step_s'] / engine['step_s']:.1f} x ONNX Runtime's CUDA graph (time on the GPU alone)"
         yield f"decode, RWKV-7 {size} fp16, `--backend cuda`, {f['gpu']}", words
 
 
