@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,22 +55,36 @@ def main() -> None:
             raise SystemExit(f"{name}: the logits are wrong by {errors[name]:.2g}")
     measures = {name: (lambda folder=folder: step_seconds(folder)) for name, folder in folders.items()}
     turns = in_turns(measures, options.runs)
+    processor = in_turns({n: (lambda folder=f: processor_seconds(folder)) for n, f in folders.items()}, options.runs)
     figures = {
         name: {
             "tokens_per_second": 1 / turns.median(name),
             "ratio": turns.ratio("fp32", name),
+            "processor_ms_one_thread": 1e3 * processor.median(name),
+            "processor_ratio": processor.ratio("fp32", name),
             "weight_bytes": Artifact.open(folder).manifest.files["weights.bin"].nbytes,
             "relative_error": errors[name],
         }
         for name, folder in folders.items()
     }
     rows = [
-        [name, f"{f['tokens_per_second']:.1f}", f"{f['ratio']:.2f} x", f"{f['weight_bytes'] / 1e6:.0f} MB"]
+        [
+            name,
+            f"{f['tokens_per_second']:.1f}",
+            f"{f['ratio']:.2f} x",
+            f"{f['processor_ms_one_thread']:.2f} ms",
+            f"{f['processor_ratio']:.2f} x",
+            f"{f['weight_bytes'] / 1e6:.0f} MB",
+        ]
         for name, f in figures.items()
     ]
-    rows += [[f"rwkv.cpp, Q8_0 over FP16, {where}", "", f"{ratio:.2f} x", ""] for where, ratio in RWKV_CPP.items()]
+    rows += [
+        [f"rwkv.cpp, Q8_0 over FP16, {where}", "", f"{ratio:.2f} x", "", "", ""] for where, ratio in RWKV_CPP.items()
+    ]
     title = f"Decode, 12 x 768, {THREADS} threads, float embedding (201 MB of each file, of which a token reads 3 kB)"
-    report(title, ("", "tokens/s", "over fp32", "weights"), rows, figures, options.json)
+    report(
+        title, ("", "tokens/s", "over fp32", "CPU time, 1 thread", "over fp32", "weights"), rows, figures, options.json
+    )
 
 
 def logits_of(folder: Path) -> np.ndarray:
@@ -83,6 +99,19 @@ def logits_of(folder: Path) -> np.ndarray:
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     """Norm of the difference over that of the expected values."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def processor_seconds(folder: Path) -> float:
+    """Median processor time of a step on one thread: what other programs take does not count."""
+    session = open_session(folder, threads=1, check_content=False)
+    state = session.initial_state()
+    times = []
+    for _ in range(STEPS):
+        start = time.process_time()
+        session.step([5], state)
+        times.append(time.process_time() - start)
+    session.close()
+    return statistics.median(times[3:])
 
 
 def step_seconds(folder: Path) -> float:
