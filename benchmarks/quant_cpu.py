@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,9 @@ def main() -> None:
     for name, scheme in SCHEMES.items():
         if not errors[name] < WORST[scheme.scheme]:
             raise SystemExit(f"{name}: the logits are wrong by {errors[name]:.2g}")
-    measures = {name: (lambda folder=folder: step_seconds(folder)) for name, folder in folders.items()}
+    measures = {name: partial(step_seconds, folder) for name, folder in folders.items()}
     turns = in_turns(measures, options.runs)
-    processor = in_turns({n: (lambda folder=f: processor_seconds(folder)) for n, f in folders.items()}, options.runs)
+    processor = in_turns({name: partial(processor_seconds, folder) for name, folder in folders.items()}, options.runs)
     figures = {
         name: {
             "tokens_per_second": 1 / turns.median(name),
