@@ -18,6 +18,7 @@ from types import GenericAlias
 from typing import Any
 
 from rwkv_edge.errors import ExportError
+from rwkv_edge.plugins import nvrtc
 from rwkv_edge.plugins.spec import KINDS, VERSIONS, Argument, KernelSpec, Kind, Version, kernel_spec
 
 NAMESPACE = "rwkv"
@@ -38,7 +39,8 @@ def register_plugins(trt: Any, capability: int) -> None:
         capability: compute capability of the GPU that engines are built for, 86 for sm86.
 
     Raises:
-        ExportError: this TensorRT has no plugins that are compiled ahead of time.
+        ExportError: this TensorRT has no plugins that are compiled ahead of time, or NVRTC knows no such GPU.
+        MissingDependencyError: cuda-bindings or NVRTC, which compiles the kernels, is not installed.
     """
     try:
         trtp = import_module(f"{trt.__name__}.plugin")
@@ -49,6 +51,9 @@ def register_plugins(trt: Any, capability: int) -> None:
             "install TensorRT 10.9 or later, or build with --wkv function"
         ) from error
     assert all(map(callable, needed))
+    nvrtc.nearest_capability(
+        capability
+    )  # now: what a kernel raises later goes through TensorRT, which loses the reason
     _capabilities[trt.__name__] = capability
     for version, kind in itertools.product(VERSIONS, KINDS):
         if not hasattr(getattr(trtp.op, NAMESPACE, None), f"wkv{version}_{kind}"):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from rwkv_edge.errors import ArtifactError, ExportError, InputError
 from rwkv_edge.exporters import tensorrt
 from rwkv_edge.exporters.tensorrt import BuildOptions, build_engines, write_engine
 from rwkv_edge.exporters.trt_adapter import LoadedBackend
+from rwkv_edge.plugins import nvrtc
+from rwkv_edge.plugins import tensorrt as plugins
 
 CHILD = """
 import os, signal, sys
@@ -257,17 +260,23 @@ def test_a_plugin_takes_the_place_of_the_function(
     folder = Path(shutil.copytree(made / "function", tmp_path / "artifact"))
     trt = use_double(monkeypatch, TensorRTDouble("10.16.1.2", layers=[("PLUGIN_V3", "FLOAT")]))
     registered: list[Any] = []
-    module = type("Plugins", (), {"register_plugins": staticmethod(registered.append)})
-    monkeypatch.setattr(tensorrt, "import_module", lambda name: module)
-    assert [engine.wkv for engine in build_engines(folder, BuildOptions(wkv="plugin")).engines] == ["plugin"]
-    assert registered == [trt]
-
-    def absent(name: str) -> Any:
-        raise ImportError("No module named 'cuda'")
-
-    monkeypatch.setattr(tensorrt, "import_module", absent)
+    with monkeypatch.context() as patch:
+        patch.setattr(plugins, "register_plugins", lambda *arguments: registered.append(arguments))
+        assert [engine.wkv for engine in build_engines(folder, BuildOptions(wkv="plugin")).engines] == ["plugin"]
+    assert registered == [(trt, 87)]
+    before = content(folder)
+    trt.__name__ = "absent_trt"  # whose .plugin cannot be imported
     found = refusal(capsys, "build", folder, "--wkv", "plugin")
-    assert found == "the CUDA kernels cannot be loaded (No module named 'cuda'); build with --wkv function"
+    assert "has no plugins that are compiled ahead of time (No module named 'absent_trt')" in found
+    trt.__name__ = "plain_trt"
+    known = SimpleNamespace(register=str, autotune=str, aot_impl=str)
+    monkeypatch.setitem(sys.modules, "plain_trt.plugin", known)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # type: ignore[arg-type]
+    nvrtc._nvrtc.cache_clear()
+    found = refusal(capsys, "build", folder, "--wkv", "plugin")
+    nvrtc._nvrtc.cache_clear()
+    assert found == "compiling the CUDA kernels needs the package 'cuda-bindings': pip install 'rwkv-edge[cuda]'"
+    assert content(folder) == before
 
 
 def test_a_timing_cache_is_kept(artifact: Path, trt: TensorRTDouble, tmp_path: Path) -> None:

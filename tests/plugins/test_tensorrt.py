@@ -25,7 +25,7 @@ TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
 @pytest.fixture
-def trtp(monkeypatch: pytest.MonkeyPatch) -> Module:
+def trtp(monkeypatch: pytest.MonkeyPatch, nvrtc_architectures: tuple[int, ...]) -> Module:
     """`tensorrt.plugin` with the kernels registered."""
     module = Module()
     monkeypatch.setitem(sys.modules, "fake_trt.plugin", module)
