@@ -112,7 +112,8 @@ def _artifact_lines(facts: dict[str, Any]) -> list[str]:
         lines += _quantization_lines(facts["quantization"])
     for graph in facts["graphs"]:
         lines.append(
-            f"  graph        {graph['file']}: {graph['nodes']} nodes, wkv {graph['wkv']}, for {graph['target']}"
+            f"  graph        {graph['file']}: {graph['nodes']} nodes, wkv {graph['wkv']}, "
+            f"for {'all backends' if graph['target'] == 'any' else graph['target']}"
         )
     for engine in facts["engines"]:
         lines.append(

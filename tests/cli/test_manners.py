@@ -196,3 +196,10 @@ def test_commands_that_show_nothing_but_errors_end_with_their_codes(capsys: pyte
     assert printed.out == ""
     assert printed.err.startswith("Error: ")
     assert run(["generate", "--no-such-option"]) == 2
+
+
+def test_a_misspelt_command_is_answered_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["exprot"]) == 2
+    assert "No such command 'exprot'. Did you mean 'export'?" in capsys.readouterr().err
+    assert run(["zzz"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
