@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,16 +32,18 @@ from rwkv_edge.runtime.session import (
 )
 from rwkv_edge.runtime.trt_graph import TrtGraph, open_graph
 from rwkv_edge.runtime.trt_module import EngineLoader, load_module
-from rwkv_edge.runtime.trt_state import Machine, Room, TrtState
+from rwkv_edge.runtime.trt_state import Machine, TrtState
 from rwkv_edge.spec import ModelSpec, numpy_dtype, stored_from_float32
 
 KINDS = ("step", "prefill", "score")
+ROOM_FOR_ENGINE = 1.2  # of its file's size: the weights as they are, activations, what the library takes
 
 
 class TrtSession:
     """`rwkv_edge.runtime.session.Session` over the engines of an artifact.
 
     Every engine holds its own weights, so those of chunks are loaded when a prompt first needs them; then they stay.
+    One that does not fit the GPU's memory is done without: shorter pieces read the prompt, and one warning says so.
     """
 
     def __init__(self, artifact: Artifact, backend: str, check_content: bool = True, device: int = 0) -> None:
@@ -75,8 +77,8 @@ class TrtSession:
             artifact.check_content(*(entry.file for entry in self._entries), *([initial] if initial else []))
         self._start = initial_arrays(artifact)
         self._driver = Driver(device)
-        self._rooms: weakref.WeakSet[Room] = weakref.WeakSet()
         self._graphs: dict[str, TrtGraph] = {}
+        self._told = False  # that an engine did not fit
         try:
             self._loader = EngineLoader(ENGINE_BACKENDS[backend], trt)
             self._machine = Machine(self._driver, self._loader, self.spec)
@@ -157,7 +159,7 @@ class TrtSession:
     ) -> np.ndarray:
         """Largest chunks first, then smaller ones, then single steps; the host waits for the last only."""
         array = checked_tokens(tokens, 2, state.batch, self.spec)
-        engines = {entry.tokens: entry for entry in self._entries_of("prefill")}
+        engines = {entry.tokens: entry for entry in self._loaded("prefill", array.shape[1])}
         lengths = list(chunk_plan(array.shape[1], tuple(engines)))
         at = 0
         graph = self._graph(self._step_entry)
@@ -180,7 +182,7 @@ class TrtSession:
         array = checked_tokens(tokens, 2, state.batch, self.spec)
         logits = np.empty((*array.shape, self.spec.vocab_size), np.float32)
         at = 0
-        for entry in self._entries_of("score"):
+        for entry in self._loaded("score", array.shape[1]):
             while array.shape[1] - at >= entry.tokens:
                 graph, part = self._graph(entry), slice(at, at + entry.tokens)
                 self._feed(array[:, part], state, graph)
@@ -213,14 +215,43 @@ class TrtSession:
 
     def close(self) -> None:
         """Give the GPU's memory back: contexts, then engines, then the rest."""
-        for room in tuple(self._rooms):
-            room.close()
+        self._machine.close()
         self._graphs.clear()
         self._driver.close()
 
     def _entries_of(self, kind: str) -> list[EngineEntry]:
         """Engines of this kind, longest first."""
         return sorted((entry for entry in self._entries if entry.kind == kind), key=lambda entry: -entry.tokens)
+
+    def _loaded(self, kind: str, length: int) -> list[EngineEntry]:
+        """The engines of chunks that a text of ``length`` tokens needs and that fit the GPU's memory, longest first."""
+        found = []
+        for entry in self._entries_of(kind):
+            if length >= entry.tokens and self._fits(entry):
+                self._graph(entry)
+                found.append(entry)
+                length %= entry.tokens
+        return found
+
+    def _fits(self, entry: EngineEntry) -> bool:
+        """Whether an engine is loaded, or can be beside those that are; a refusal is told once."""
+        if entry.file in self._graphs:
+            return True
+        needed = int(self._artifact.manifest.files[entry.file].nbytes * ROOM_FOR_ENGINE)
+        if self._driver.free_memory() < needed:
+            self._machine.free_unused()
+        free = self._driver.free_memory()
+        if free >= needed:
+            return True
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"prompts are read in shorter pieces, which is slower: {entry.file} needs some {needed / 1e9:.1f} GB "
+                f"of the GPU's memory, {free / 1e9:.1f} GB are free; export with fewer chunks",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return False
 
     def _check_batch(self, batch: int) -> None:
         checked_batch(batch, self.spec)
@@ -236,9 +267,7 @@ class TrtSession:
         return self._graphs[entry.file]
 
     def _state(self, batch: int) -> TrtState:
-        state = TrtState(self._machine, batch)
-        self._rooms.add(state.room)
-        return state
+        return TrtState(self._machine, batch)
 
     def _uploaded(self, stored: Mapping[str, np.ndarray]) -> TrtState:
         state = self._state(stored[self.spec.state[0].name].shape[0])

@@ -11,7 +11,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rwkv_edge.errors import SessionError
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
@@ -20,9 +20,10 @@ from rwkv_edge.runtime.trt_module import EngineLoader, ExecutionContext
 from rwkv_edge.spec import ITEM_SIZE, ModelSpec
 
 ALIGNMENT = 256  # bytes; what TensorRT wants of every address
+KEPT_BYTES = 1 << 28  # of rooms that no state uses, kept for the next state
 
 
-@dataclass
+@dataclass(eq=False)
 class Machine:
     """What all states of a session share.
 
@@ -37,6 +38,43 @@ class Machine:
     loader: EngineLoader
     spec: ModelSpec
     captures: bool = True
+    _rooms: weakref.WeakSet[Room] = field(default_factory=weakref.WeakSet)
+    _unused: list[Room] = field(default_factory=list)
+    _closed: bool = False
+
+    def room(self, batch: int) -> Room:
+        """Memory for ``batch`` streams; what a state has left, with its contexts and CUDA graphs, where there is such.
+
+        Raises:
+            SessionError: there is not enough memory.
+        """
+        for room in reversed(self._unused):
+            if room.batch == batch:
+                self._unused.remove(room)
+                return room
+        room = Room(self, batch)
+        self._rooms.add(room)
+        return room
+
+    def leave(self, room: Room) -> None:
+        """No state uses this room any more."""
+        if self._closed:
+            return
+        self._unused.append(room)
+        while sum(2 * unused.nbytes for unused in self._unused) > KEPT_BYTES:
+            self._unused.pop(0).close()
+
+    def free_unused(self) -> None:
+        """Give back what is only kept for the next state."""
+        while self._unused:
+            self._unused.pop().close()
+
+    def close(self) -> None:
+        """Give back all rooms, those of states too."""
+        self._closed = True
+        self._unused.clear()
+        for room in tuple(self._rooms):
+            room.close()
 
     def enqueue(self, context: ExecutionContext, file: str) -> None:
         """Put one run on the stream.
@@ -183,7 +221,7 @@ class Room:
 
 
 class TrtState:
-    """The memory of ``batch`` streams; the last one to hold it gives the GPU's memory back.
+    """The memory of ``batch`` streams; when nobody holds it any more, its room is the next state's.
 
     Attributes:
         batch: number of streams.
@@ -193,10 +231,10 @@ class TrtState:
     """
 
     def __init__(self, machine: Machine, batch: int) -> None:
-        """A state whose values are zeros."""
+        """A state whose values are yet to be written."""
         self.batch, self.side, self.runs = batch, 0, 0
-        self.room = Room(machine, batch)
-        weakref.finalize(self, self.room.close)
+        self.room = machine.room(batch)
+        weakref.finalize(self, machine.leave, self.room).atexit = False
 
     def address(self, name: str) -> int:
         """Of a state tensor."""

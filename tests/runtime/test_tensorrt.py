@@ -189,8 +189,9 @@ def test_what_cannot_be_captured_warns_once(fails: str, opened: Open) -> None:
         assert_same(session, state, oracle, expected)
 
 
-def test_memory_is_given_back(opened: Open) -> None:
-    """States that are dropped free theirs, in whatever order session and state end."""
+def test_memory_is_given_back(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that are dropped free theirs where it is not kept, in whatever order session and state end."""
+    monkeypatch.setattr("rwkv_edge.runtime.trt_state.KEPT_BYTES", 0)
     session, _ = opened("fp32")
     prompt = random_tokens(1, 21)
     session.prefill(prompt, session.initial_state())
@@ -209,6 +210,52 @@ def test_memory_is_given_back(opened: Open) -> None:
     session.close()
     assert not state.room._bound
     del state
+
+
+def test_a_state_takes_over_what_another_left(opened: Open) -> None:
+    """Memory, contexts and CUDA graphs, but none of its values."""
+    session, oracle = opened("fp32")
+    trt, driver = session._loader.trt, session._driver
+    prompt = random_tokens(1, 23)
+    known = []
+    for seed in range(4):
+        arrays = random_state(oracle, 1, seed)
+        state, expected = session.import_state(arrays), oracle.import_state(arrays)
+        np.testing.assert_array_equal(session.prefill(prompt, state), oracle.prefill(prompt, expected))
+        fork, other = session.copy_state(state), oracle.copy_state(expected)
+        for token in (5, 6, 7):
+            np.testing.assert_array_equal(session.step([token], state), oracle.step([token], expected))
+        assert_same(session, fork, oracle, other)
+        np.testing.assert_array_equal(session.prefill(prompt, fork), oracle.prefill(prompt, other))
+        known.append((trt.contexts, driver.free_memory()))
+        del state, fork
+        gc.collect()
+    assert len(set(known)) == 1
+
+
+def test_an_engine_that_does_not_fit_is_done_without(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By shorter pieces, which give the same up to rounding: here single steps, to the bit those of the oracle."""
+    session, oracle = opened("fp32")
+    tokens = random_tokens(1, 21)
+    expected = oracle.initial_state()
+    steps = [oracle.step(token, expected)[0] for token in tokens.T]
+    enough = session._driver.free_memory()
+    monkeypatch.setattr(session._driver, "free_memory", lambda: 100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            state = session.initial_state()
+            np.testing.assert_array_equal(session.prefill(tokens, state)[0], steps[-1])
+            assert_same(session, state, oracle, expected)
+        np.testing.assert_array_equal(session.score(tokens, session.initial_state())[0], steps)
+    assert [str(w.message).split(", 0.0 GB")[0] for w in caught] == [
+        "prompts are read in shorter pieces, which is slower: prefill-16.engine needs some 0.0 GB of the GPU's memory"
+    ]
+    assert caught[0].filename == __file__
+    assert list(session._graphs) == ["step.engine"]
+    monkeypatch.setattr(session._driver, "free_memory", lambda: enough)
+    session.prefill(tokens, session.initial_state())
+    assert sorted(session._graphs) == ["prefill-16.engine", "prefill-4.engine", "step.engine"]
 
 
 def test_a_tuned_state_is_where_streams_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
