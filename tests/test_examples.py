@@ -18,7 +18,7 @@ from rwkv_edge.models.versions import model_from_checkpoint
 from rwkv_edge.runtime.snapshot import read_snapshot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RUN_HERE = {"export_and_run", "sensor_loop", "serve_batch", "tuned_state"}
+RUN_HERE = {"export_and_run", "int8", "sensor_loop", "serve_batch", "tuned_state"}
 RUN_ELSEWHERE = {"triton_client"}  # tests/exporters/test_triton.py
 
 
@@ -75,6 +75,20 @@ def test_serve_batch_gives_each_prompt_its_own_text(artifact: Path) -> None:
     assert errors == "40 steps\n"  # five texts of 20 tokens, three at a time
     alone, _ = ran("serve_batch", artifact, "3", "20", stdin=prompts[0])
     assert alone.strip() == f"0: {replies['0']}".strip()
+
+
+def test_int8_is_smaller_and_nearly_as_good(artifact: Path, tmp_path: Path) -> None:
+    lines = "ROMEO:\nWhat say you to my suit?\n\nJULIET:\nI would not for the world they saw thee here.\n\n"
+    (tmp_path / "corpus.txt").write_text(lines * 8, encoding="utf-8")
+    (tmp_path / "book.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 4, "utf-8")
+    out, _ = ran("int8", artifact, tmp_path / "corpus.txt", tmp_path / "book.txt", tmp_path / "w8a8")
+    before, after = (float(size) for size in re.findall(r": ([\d.]+) MB of weights", out))
+    assert after < before / 2
+    found = re.search(r"perplexity ([+-][\d.]+)%; both expect the same token at ([\d.]+)% of 243 places", out)
+    assert found is not None, out
+    assert abs(float(found[1])) < 5
+    assert float(found[2]) > 90
+    assert "w8a8" in (tmp_path / "w8a8" / "manifest.json").read_text(encoding="utf-8")
 
 
 def test_tuned_state_changes_the_text(tmp_path: Path) -> None:
