@@ -14,7 +14,7 @@ from rwkv_edge.cli.engines import add_engines, build_options, engine_options
 @click.argument("artifact", type=PATH)
 @click.option(
     "--wkv", type=click.Choice(["plugin", "function", "inline"]),
-    help="How the step's recurrence runs: plugin (a CUDA kernel) and function need a graph exported with "
+    help="How the recurrence runs: plugin (a CUDA kernel) and function need a graph exported with "
     "--wkv function.  [default: as exported]",
 )  # fmt: skip
 @engine_options

@@ -24,8 +24,8 @@ from rwkv_edge.cli.progress import count_progress
 @click.option("--batch", type=Batch(), default="1", show_default=True, help="Streams fed in one step.")
 @click.option(
     "--wkv", type=click.Choice(["inline", "function", "plugin"]), default="inline", show_default=True,
-    help="The recurrence as plain operators, as the local function rwkv::wkv7_step, or, in a TensorRT engine, as a "
-    "CUDA kernel in that function's place.",
+    help="The recurrence as plain operators, as local functions (rwkv::wkv7_step, wkv7_sequence), or, in a TensorRT "
+    "engine, as CUDA kernels in their place.",
 )  # fmt: skip
 @click.option(
     "--chunk", "chunks", type=click.IntRange(0), multiple=True, metavar="T", default=(16, 64, 256),
