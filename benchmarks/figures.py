@@ -55,6 +55,14 @@ def quant_cpu(f: Figures) -> Iterator[Line]:
             yield f"decode, {name}", f"{found['tokens_per_second']:.1f} tokens/s, {found['ratio']:.2f} x fp32"
 
 
+def quant_quality(f: Figures) -> Iterator[Line]:
+    """What the main schemes cost the first model."""
+    model = next(iter(f))
+    for name in ("W8A8", "W8", "W4, block 32, GPTQ"):
+        if name in f[model]:
+            yield f"perplexity of {model} on held-out text, {name}", f"{f[model][name]['percent']:+.2f} %"
+
+
 def export(f: Figures) -> Iterator[Line]:
     """The largest export."""
     found = f["7, 24 x 1024, step graph"]
@@ -109,6 +117,7 @@ LINES: Mapping[str, Callable[[Figures], Iterator[Line]]] = {
     "prefill_cpu": prefill_cpu,
     "batch_cpu": batch_cpu,
     "quant_cpu": quant_cpu,
+    "quant_quality": quant_quality,
     "soak_demo": soak_demo,
     "export": export,
     "demo_model": demo_model,
@@ -154,6 +163,19 @@ def quantization_table(found: Mapping[str, dict[str, Any]]) -> str:
     return f"{data['title']}; random weights, {data['date']}.\n\n{table(header, rows)}"
 
 
+def quality_table(found: Mapping[str, dict[str, Any]]) -> str:
+    """Perplexity and size of every model and scheme."""
+    if "quant_quality" not in found:
+        return "Not measured yet: `benchmarks/quant_quality.py` measures it."
+    data = found["quant_quality"]
+    rows = [
+        (model, name, f"{f['perplexity']:.3f}", f"{f['percent']:+.2f} %", f"{f['weight_bytes'] / 1e6:.2f} MB")
+        for model, schemes in data["figures"].items()
+        for name, f in schemes.items()
+    ]
+    return f"{data['title']}; {data['date']}.\n\n" + table(("model", "scheme", "perplexity", "change", "weights"), rows)
+
+
 def between(text: str, name: str, content: str) -> str:
     """``text`` with ``content`` between its markers <!-- name --> and <!-- /name -->."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -167,10 +189,11 @@ def between(text: str, name: str, content: str) -> str:
 def pages(found: Mapping[str, dict[str, Any]]) -> dict[Path, str]:
     """What the files that hold tables should be."""
     readme, guide = ROOT / "README.md", ROOT / "docs" / "quantization.md"
+    tables = between(guide.read_text(encoding="utf-8"), "quant_quality", quality_table(found))
     return {
         ROOT / "docs" / "figures.md": figures_page(found),
         readme: between(readme.read_text(encoding="utf-8"), "figures", readme_table(found)),
-        guide: between(guide.read_text(encoding="utf-8"), "quant_cpu", quantization_table(found)),
+        guide: between(tables, "quant_cpu", quantization_table(found)),
     }
 
 
@@ -233,6 +256,8 @@ def value_text(path: str, value: Any) -> str:
             return percent(value)
         if key == "ratio" or key.endswith("_ratio") or "over_" in path:
             return f"{value:.2f} x"
+        if key == "percent":
+            return f"{value:+.2f} %"
         if key == "bits_per_byte":
             return f"{value:.4f}"
         return f"{value:.1f}" if 100 <= abs(value) < 1e7 else f"{value:.4g}"

@@ -64,6 +64,14 @@ def test_schemes_of_quantization_have_a_table() -> None:
     assert "| decode, W8 | 50.0 tokens/s, 2.00 x fp32 |" in figures.readme_table(found)
 
 
+def test_quality_of_schemes_has_a_table() -> None:
+    row = {"perplexity": 3.5, "percent": 0.125, "weight_bytes": 10**7}
+    found = {"quant_quality": {"title": "T", "date": "D", "figures": {"m": {"fp32": row, "W8": row}}}}
+    assert "| m | W8 | 3.500 | +0.12 % | 10.00 MB |" in figures.quality_table(found)
+    assert "| perplexity of m on held-out text, W8 | +0.12 % |" in figures.readme_table(found)
+    assert "Not measured" in figures.quality_table({})
+
+
 def test_a_page_without_markers_is_refused() -> None:
     with pytest.raises(SystemExit, match="no markers <!-- figures -->"):
         figures.between("# README", "figures", "table")
