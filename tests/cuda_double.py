@@ -34,6 +34,7 @@ class Driver:
 
     def __init__(self, ordinal: int = 0, memory: int = 1 << 34) -> None:
         self._blocks: dict[int, np.ndarray] = {}
+        self._pinned: dict[int, np.ndarray] = {}
         self._end, self._left = 4096, memory
         self.recording: list[Callable[[], None]] | None = None
         self.launches = 0
@@ -79,6 +80,29 @@ class Driver:
     def download(self, pointer: int, array: np.ndarray) -> None:
         array.view(np.uint8).reshape(-1)[:] = self.memory(pointer, array.nbytes)
 
+    def pinned(self, nbytes: int) -> np.ndarray:
+        array = np.zeros(nbytes, np.uint8)
+        self._pinned[array.ctypes.data] = array
+        return array
+
+    def free_pinned(self, *arrays: np.ndarray) -> None:
+        for array in arrays:
+            self._pinned.pop(array.ctypes.data, None)
+
+    def enqueue_upload(self, array: np.ndarray, to: int) -> None:
+        assert self.is_pinned(array)
+        self._do(lambda: np.copyto(self.memory(to, array.nbytes), array.reshape(-1).view(np.uint8)), count=0)
+
+    def enqueue_download(self, pointer: int, array: np.ndarray) -> None:
+        assert self.is_pinned(array)
+        self._do(lambda: np.copyto(array.reshape(-1).view(np.uint8), self.memory(pointer, array.nbytes)), count=0)
+
+    def is_pinned(self, array: np.ndarray) -> bool:
+        start = array.ctypes.data
+        return array.flags.c_contiguous and any(
+            at <= start and start + array.nbytes <= at + block.nbytes for at, block in self._pinned.items()
+        )
+
     def copy(self, to: int, source: int, nbytes: int) -> None:
         self._do(lambda: np.copyto(self.memory(to, nbytes), self.memory(source, nbytes)))
 
@@ -115,14 +139,15 @@ class Driver:
 
     def close(self) -> None:
         self._blocks.clear()
+        self._pinned.clear()
 
     def enqueue(self, work: Callable[[], None]) -> None:
         """What a library puts on the stream."""
         self._do(work)
 
-    def _do(self, work: Callable[[], None]) -> None:
+    def _do(self, work: Callable[[], None], count: int = 1) -> None:
         if self.recording is None:
-            self.launches += 1
+            self.launches += count
             work()
         else:
             self.recording.append(work)

@@ -48,6 +48,7 @@ class Driver:
         self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._modules: list[Any] = []
         self._memory: set[int] = set()
+        self._pinned: set[int] = set()
         self._graphs: set[Graph] = set()
 
     @property
@@ -93,6 +94,35 @@ class Driver:
         """Copy device memory into a contiguous host array, after all that was enqueued."""
         self._call("cuMemcpyDtoHAsync", array.ctypes.data, pointer, array.nbytes, self._stream)
         self.synchronize()
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Bytes of the host that stay where they are, uint8 [nbytes] zeros, until `free_pinned` or `close`.
+
+        Raises:
+            SessionError: there is not enough memory.
+        """
+        pointer = int(self._call("cuMemHostAlloc", max(nbytes, 1), 0))
+        self._pinned.add(pointer)
+        array: np.ndarray = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
+        array[:] = 0
+        return array
+
+    def free_pinned(self, *arrays: np.ndarray) -> None:
+        """Give pinned bytes back, once nothing uses them any more; after `close` there is nothing left to do."""
+        pointers = self._pinned.intersection(array.ctypes.data for array in arrays)
+        if pointers:
+            self.synchronize()
+        for pointer in pointers:
+            self._pinned.remove(pointer)
+            self._call("cuMemFreeHost", pointer)
+
+    def enqueue_upload(self, array: np.ndarray, to: int) -> None:
+        """Enqueue a copy of contiguous pinned memory to the device; it must not change before that has run."""
+        self._call("cuMemcpyHtoDAsync", to, array.ctypes.data, array.nbytes, self._stream)
+
+    def enqueue_download(self, pointer: int, array: np.ndarray) -> None:
+        """Enqueue a copy from the device into contiguous pinned memory; `synchronize` before it is read."""
+        self._call("cuMemcpyDtoHAsync", array.ctypes.data, pointer, array.nbytes, self._stream)
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Enqueue a copy within the device."""
@@ -182,6 +212,8 @@ class Driver:
         for graph in tuple(self._graphs):
             graph.close()
         self.free(*self._memory)
+        while self._pinned:
+            self._call("cuMemFreeHost", self._pinned.pop())
         for module in self._modules:
             self._call("cuModuleUnload", module)
         self._modules.clear()

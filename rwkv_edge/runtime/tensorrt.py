@@ -32,7 +32,7 @@ from rwkv_edge.runtime.session import (
 )
 from rwkv_edge.runtime.trt_graph import TrtGraph, open_graph
 from rwkv_edge.runtime.trt_module import EngineLoader, load_module
-from rwkv_edge.runtime.trt_state import Machine, TrtState
+from rwkv_edge.runtime.trt_state import Machine, Ports, TrtState
 from rwkv_edge.spec import ModelSpec, numpy_dtype, stored_from_float32
 
 KINDS = ("step", "prefill", "score")
@@ -116,9 +116,11 @@ class TrtSession:
     def step(self, tokens: Sequence[int] | np.ndarray, state: TrtState) -> np.ndarray:
         """One token for each stream."""
         step = self._graph(self._step_entry)
-        self._feed(checked_tokens(tokens, 1, state.batch, self.spec), state, step)
+        ports = self._fed(tokens, state, step)
         state.run(step)
-        return self._logits(state, step)
+        self._driver.enqueue_download(ports.logits, ports.host_logits)
+        self._driver.synchronize()
+        return ports.host_logits.copy()
 
     @property
     def candidates(self) -> int:
@@ -134,11 +136,11 @@ class TrtSession:
         if not self.candidates:
             raise SessionError(f"{self._step_entry.file} has no candidates; run 'rwkv-edge build' with --sample-k 64")
         step = self._graph(self._step_entry)
-        self._feed(checked_tokens(tokens, 1, state.batch, self.spec), state, step)
+        ports = self._fed(tokens, state, step)
         state.run(step)
-        ports = state.room.ports(step)
-        block = np.empty(ports.nbytes, np.uint8)
-        self._driver.download(ports.candidates, block)
+        self._driver.enqueue_download(ports.candidates, ports.host_candidates)
+        self._driver.synchronize()
+        block = ports.host_candidates.copy()
         parts = {
             name: block[ports.offsets[name] :][: 4 * math.prod(shape)]
             .view(np.int32 if name == CANDIDATE_TOKENS else np.float32)
@@ -282,6 +284,13 @@ class TrtSession:
         places = self._driver.allocate(flat.nbytes)
         self._driver.upload(flat, places)
         return places
+
+    def _fed(self, tokens: Sequence[int] | np.ndarray, state: TrtState, step: TrtGraph) -> Ports:
+        """Enqueue the copy of a step's tokens; its results will lie in these ports."""
+        ports = state.room.ports(step)
+        ports.host_tokens[:] = checked_tokens(tokens, 1, state.batch, self.spec)
+        self._driver.enqueue_upload(ports.host_tokens, ports.tokens)
+        return ports
 
     def _feed(self, tokens: np.ndarray, state: TrtState, graph: TrtGraph) -> None:
         self._driver.upload(np.ascontiguousarray(tokens), state.room.ports(graph).tokens)

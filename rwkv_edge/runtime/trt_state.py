@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from rwkv_edge.errors import SessionError
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
 from rwkv_edge.runtime.trt_graph import TrtGraph
@@ -102,7 +104,8 @@ class Machine:
 class Ports:
     """Device addresses of an engine's tokens, logits and candidates, for one number of streams.
 
-    The candidates' parts lie in one block, at the ``offsets`` of their names, in all ``nbytes``.
+    The candidates' parts lie in one block, at the ``offsets`` of their names, in all ``nbytes``. The arrays are pinned
+    memory of the host for a step's tokens [B] int64, logits [B, V] float32 and block; empty for chunks.
     """
 
     tokens: int
@@ -110,6 +113,9 @@ class Ports:
     candidates: int
     offsets: dict[str, int]
     nbytes: int
+    host_tokens: np.ndarray
+    host_logits: np.ndarray
+    host_candidates: np.ndarray
 
 
 @dataclass
@@ -130,6 +136,7 @@ class Room:
         self.offsets, self.nbytes = _offsets({t.name: batch * t.nbytes for t in machine.spec.state})
         self._machine = machine
         self._pointers: list[int] = []
+        self._pinned: list[np.ndarray] = []
         self.sets = self._allocate(self.nbytes), self._allocate(self.nbytes)
         self._ports: dict[TrtGraph, Ports] = {}
         self._bound: dict[tuple[TrtGraph, int], _Bound] = {}
@@ -140,12 +147,17 @@ class Room:
             spec = self._machine.spec
             shapes = graph.candidate_shapes(self.batch)
             offsets, end = _offsets({name: _nbytes(shape, "float32") for name, shape in shapes.items()})
+            tokens, logits = graph.tokens_shape(self.batch), graph.logits_shape(self.batch, spec)
+            batch = self.batch if graph.entry.kind == "step" else 0
             self._ports[graph] = Ports(
-                self._allocate(_nbytes(graph.tokens_shape(self.batch), "int64")),
-                self._allocate(_nbytes(graph.logits_shape(self.batch, spec), "float32")),
+                self._allocate(_nbytes(tokens, "int64")),
+                self._allocate(_nbytes(logits, "float32")),
                 self._allocate(end) if end else 0,
                 offsets,
                 end,
+                self._host(8 * batch).view(np.int64),
+                self._host(4 * batch * spec.vocab_size).view(np.float32).reshape(batch, spec.vocab_size),
+                self._host(end if batch else 0),
             )
         return self._ports[graph]
 
@@ -174,6 +186,8 @@ class Room:
             if bound.graph is not None:
                 bound.graph.close()
         self._machine.driver.free(*self._pointers)
+        self._machine.driver.free_pinned(*self._pinned)
+        self._pinned.clear()
         self._bound.clear()  # the contexts: nothing runs any more, for free waits
         self._ports.clear()
         self._pointers.clear()
@@ -213,6 +227,13 @@ class Room:
                     f"{loader.words} takes no memory for '{name}' of {graph.entry.file}: {loader.reason()}"
                 )
         return context
+
+    def _host(self, nbytes: int) -> np.ndarray:
+        """Pinned bytes; ordinary ones where there are none."""
+        if not nbytes:
+            return np.empty(0, np.uint8)
+        self._pinned.append(self._machine.driver.pinned(nbytes))
+        return self._pinned[-1]
 
     def _allocate(self, nbytes: int) -> int:
         pointer = self._machine.driver.allocate(nbytes)

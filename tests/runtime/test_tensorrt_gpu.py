@@ -43,6 +43,29 @@ def test_the_capability_needs_no_context() -> None:
     assert device_capability(1000) is None
 
 
+def test_pinned_memory_is_copied_by_the_stream() -> None:
+    driver = Driver()
+    host, back = driver.pinned(1 << 20), driver.pinned(1 << 20)
+    assert not host.any()
+    there = driver.allocate(host.nbytes)
+    with driver.capture() as graph:
+        driver.enqueue_upload(host, there)
+        driver.enqueue_download(there, back)
+    for seed in (1, 2):  # what lies there when the graph runs
+        host[:] = np.random.default_rng(seed).integers(0, 256, host.nbytes)
+        graph.launch()
+        driver.synchronize()
+        np.testing.assert_array_equal(back, host)
+    part = host[8:16].view(np.int64)
+    driver.enqueue_upload(part, there)
+    driver.enqueue_download(there, back[:8])
+    driver.synchronize()
+    assert back[:8].view(np.int64) == part
+    driver.free_pinned(host)
+    driver.free_pinned(host)  # once is enough
+    driver.close()
+
+
 def test_copies_on_the_stream_are_captured() -> None:
     """What another library enqueues by the handle becomes a graph; here it is torch."""
     driver = Driver()
