@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("RWKV_JIT_ON", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker: more would wait for each other, spinning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHARED = Path(__file__).parents[2] / "shared"
 
 

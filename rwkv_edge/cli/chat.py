@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import COUNT, PATH, note, printable, quiet_option, session_options
+from rwkv_edge.cli.common import COUNT, PATH, note, printable, quiet_option, say_quantized, session_options
 from rwkv_edge.cli.sampling import sampler_from_options, sampling_options
 from rwkv_edge.errors import InputError, RwkvEdgeError
 from rwkv_edge.runtime.chat_templates import AUTO, TEMPLATES
@@ -77,6 +77,7 @@ def command(
 
     config = sampler_from_options(sampling).config
     model = open_model(artifact, tokenizer, backend=backend, providers=list(providers), threads=threads)
+    say_quantized(artifact)
     name = str(Artifact.open(artifact).manifest.source.get("file", ""))
     chosen = template_for(name, model.tokenizer.kind) if template == AUTO else TEMPLATES[template]
     chat = Chat(model, chosen, system, config, max_tokens)
