@@ -18,6 +18,11 @@
 
 typedef WEIGHT Weight;
 struct Int8 { signed char bits; };
+#if INT8
+typedef Int8 Matrix;  // of a kernel with one matrix that may be int8
+#else
+typedef Weight Matrix;
+#endif
 
 template <typename T> constexpr int PER = 16 / sizeof(T);  // weights of one load
 constexpr int WARPS = THREADS / 32;

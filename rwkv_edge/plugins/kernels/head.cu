@@ -3,12 +3,6 @@
 // Further parameter: VOCABULARY. Grid (blocks of columns).
 #include "fused.cuh"
 
-#if INT8
-typedef Int8 Matrix;
-#else
-typedef Weight Matrix;
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* stream_in, const float* parts, const Act* __restrict__ norm_weight,
     const Act* __restrict__ norm_bias, const Matrix* __restrict__ head, const Act* __restrict__ head_scale, float* logits,

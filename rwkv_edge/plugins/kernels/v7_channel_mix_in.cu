@@ -3,12 +3,6 @@
 // Further parameter: HIDDEN (F). Grid (blocks of columns). stream_out must not be stream, nor shift_out shift.
 #include "fused.cuh"
 
-#if INT8
-typedef Int8 Matrix;
-#else
-typedef Weight Matrix;
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* stream_in, const float* parts, const Act* shift, const Act* __restrict__ norm_weight,
     const Act* __restrict__ norm_bias, const Act* __restrict__ mix, const Matrix* __restrict__ key,

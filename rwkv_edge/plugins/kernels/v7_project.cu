@@ -5,12 +5,6 @@
 // Grid (blocks of columns, SPLIT).
 #include "fused.cuh"
 
-#if INT8
-typedef Int8 Matrix;
-#else
-typedef Weight Matrix;
-#endif
-
 constexpr int SLICE = (FROM + SPLIT - 1) / SPLIT;
 
 #if SKIP

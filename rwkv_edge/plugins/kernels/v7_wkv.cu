@@ -14,11 +14,7 @@ constexpr int LORAS = RANK_V > 0 ? 4 : 3;
 constexpr int FINISHED = (LORAS * HEAD + THREADS - 1) / THREADS;
 constexpr float DECAY_SCALE = -0.6065306597126334f;  // -exp(-0.5)
 
-#if INT8
-typedef Int8 Gate;  // g2 alone may be int8: the others feed the state
-#else
-typedef Weight Gate;
-#endif
+typedef Matrix Gate;  // g2 alone may be int8: the others feed the state
 
 // What a matrix adds to the head's channels, summed over each warp: to[warp * pitch + channel].
 template <typename T, int rank>
