@@ -29,7 +29,7 @@ def described(kernel: FusedKernel, capability: int) -> str:
 class Driver:
     """See `rwkv_edge.runtime.cuda_driver.Driver`."""
 
-    capability, processors, name = 90, 132, "numpy"
+    capability, name = 90, "numpy"
     streams: ClassVar[dict[int, Driver]] = {}  # handle → whose stream it is; for libraries that enqueue on one
 
     def __init__(self, ordinal: int = 0, memory: int = 1 << 34) -> None:

@@ -19,14 +19,14 @@ from rwkv_edge.errors import ArtifactError, InputError, SessionError
 from rwkv_edge.plugins.fused import MAX_BATCH, Dimensions, Kernels, Tuning
 from rwkv_edge.runtime.cuda_chain import Chain, Give, Outputs, StatePlaces, row_bytes, state_layout
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
-from rwkv_edge.runtime.initial import initial_arrays
+from rwkv_edge.runtime.initial import initial_arrays, stored_initial
 from rwkv_edge.runtime.session import (
     Watch,
     checked_tokens,
     named_from_stored,
     stored_from_named,
 )
-from rwkv_edge.spec import ITEM_SIZE, ModelSpec, numpy_dtype, stored_from_float32
+from rwkv_edge.spec import ITEM_SIZE, ModelSpec, numpy_dtype
 
 WEIGHTS_FILE = "weights.bin"
 INDEX_FILE = "weights.json"
@@ -165,11 +165,7 @@ class CudaSession:
         """See `Session.initial_state`, as for all that follows."""
         if batch < 1:
             raise InputError(f"batch must be at least 1, not {batch}")
-        stored = {}
-        for t in self.spec.state:
-            value = np.full(t.shape, t.fill, np.float32) if t.name not in self._start else self._start[t.name]
-            stored[t.name] = stored_from_float32(np.repeat(value[None], batch, axis=0), t.dtype)
-        return self._uploaded(stored)
+        return self._uploaded(stored_initial(self.spec, self._start, batch))
 
     def step(self, tokens: Sequence[int] | np.ndarray, state: CudaState) -> np.ndarray:
         """One token for each stream."""

@@ -21,7 +21,6 @@ class Driver:
 
     Attributes:
         capability: compute capability, 90 for 9.0.
-        processors: streaming multiprocessors.
         name: of the GPU.
     """
 
@@ -43,7 +42,6 @@ class Driver:
         major = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
         minor = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         self.capability = major * 10 + minor
-        self.processors = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.name = self._call("cuDeviceGetName", 96, self._device).decode().partition("\0")[0]
         self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._modules: list[Any] = []

@@ -1,11 +1,14 @@
-"""The initial state that an artifact carries, where state tuning gave it one."""
+"""The state before the first token: what an artifact carries where state tuning gave it one, else fill values."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import ArtifactError
+from rwkv_edge.spec import ModelSpec, stored_from_float32
 
 
 def initial_arrays(artifact: Artifact) -> dict[str, np.ndarray]:
@@ -29,3 +32,18 @@ def initial_arrays(artifact: Artifact) -> dict[str, np.ndarray]:
         if shapes.get(name) != array.shape or array.dtype != np.float32 or not np.isfinite(array).all():
             raise ArtifactError(f"{path}: '{name}' does not fit the model; export the checkpoint again")
     return arrays
+
+
+def stored_initial(spec: ModelSpec, tuned: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
+    """State tensors [B, …] in the dtypes that the graphs take, for ``batch`` streams that begin alike.
+
+    Args:
+        spec: names, shapes, dtypes and fill values.
+        tuned: from `initial_arrays`.
+        batch: number of streams.
+    """
+    stored = {}
+    for t in spec.state:
+        value = np.full(t.shape, t.fill, np.float32) if t.name not in tuned else tuned[t.name]
+        stored[t.name] = stored_from_float32(np.repeat(value[None], batch, axis=0), t.dtype)
+    return stored

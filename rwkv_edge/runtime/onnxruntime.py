@@ -13,7 +13,7 @@ import numpy as np
 
 from rwkv_edge.artifact import MANIFEST, Artifact, GraphEntry
 from rwkv_edge.errors import ArtifactError, RwkvEdgeError, SessionError
-from rwkv_edge.runtime.initial import initial_arrays
+from rwkv_edge.runtime.initial import initial_arrays, stored_initial
 from rwkv_edge.runtime.ort_device import CaptureError, DeviceMemory, DeviceState
 from rwkv_edge.runtime.ort_graph import OrtGraph, SharedWeights, checked_graph, open_graph, spec_of
 from rwkv_edge.runtime.ort_memory import Device
@@ -35,7 +35,7 @@ from rwkv_edge.runtime.session import (
     named_from_stored,
     stored_from_named,
 )
-from rwkv_edge.spec import ModelSpec, stored_from_float32
+from rwkv_edge.spec import ModelSpec
 
 WEIGHTS_FILE = "weights.bin"
 INDEX_FILE = "weights.json"
@@ -103,11 +103,7 @@ class OrtSession:
     def initial_state(self, batch: int = 1) -> StreamStates:
         """See `Session.initial_state`, as for all that follows."""
         checked_batch(batch, self.spec)
-        stored = {}
-        for t in self.spec.state:
-            value = np.full(t.shape, t.fill, np.float32) if t.name not in self._start else self._start[t.name]
-            stored[t.name] = stored_from_float32(np.repeat(value[None], batch, axis=0), t.dtype)
-        return self._state_of(stored)
+        return self._state_of(stored_initial(self.spec, self._start, batch))
 
     def step(self, tokens: Sequence[int] | np.ndarray, state: StreamStates) -> np.ndarray:
         """One token for each stream."""

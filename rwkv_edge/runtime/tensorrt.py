@@ -21,7 +21,7 @@ from rwkv_edge.engines import (
 from rwkv_edge.errors import ArtifactError, InputError, RwkvEdgeError, SessionError
 from rwkv_edge.runtime.candidates import Candidates
 from rwkv_edge.runtime.cuda_driver import Driver, device_capability
-from rwkv_edge.runtime.initial import initial_arrays
+from rwkv_edge.runtime.initial import initial_arrays, stored_initial
 from rwkv_edge.runtime.session import (
     Watch,
     checked_batch,
@@ -33,7 +33,7 @@ from rwkv_edge.runtime.session import (
 from rwkv_edge.runtime.trt_graph import TrtGraph, open_graph
 from rwkv_edge.runtime.trt_module import EngineLoader, load_module
 from rwkv_edge.runtime.trt_state import Machine, Ports, TrtState
-from rwkv_edge.spec import ModelSpec, numpy_dtype, stored_from_float32
+from rwkv_edge.spec import ModelSpec, numpy_dtype
 
 KINDS = ("step", "prefill", "score")
 ROOM_FOR_ENGINE = 1.2  # of its file's size: the weights as they are, activations, what the library takes
@@ -107,11 +107,7 @@ class TrtSession:
     def initial_state(self, batch: int = 1) -> TrtState:
         """See `Session.initial_state`, as for all that follows."""
         self._check_batch(batch)
-        stored = {}
-        for t in self.spec.state:
-            value = np.full(t.shape, t.fill, np.float32) if t.name not in self._start else self._start[t.name]
-            stored[t.name] = stored_from_float32(np.repeat(value[None], batch, axis=0), t.dtype)
-        return self._uploaded(stored)
+        return self._uploaded(stored_initial(self.spec, self._start, batch))
 
     def step(self, tokens: Sequence[int] | np.ndarray, state: TrtState) -> np.ndarray:
         """One token for each stream."""
