@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rwkv_edge.errors import SessionError
-from rwkv_edge.plugins.fused import FusedKernel
+from rwkv_edge.plugins.fused_spec import FusedKernel, rounded_up
 from rwkv_edge.spec import float32_from_stored, numpy_dtype, stored_from_float32
 
 DTYPES = {"Float": "float32", "Half": "float16", "Brain": "bfloat16"}
@@ -29,7 +29,7 @@ def described(kernel: FusedKernel, capability: int) -> str:
 class Driver:
     """See `rwkv_edge.runtime.cuda_driver.Driver`."""
 
-    capability, name = 90, "numpy"
+    capability, name, block_shared = 90, "numpy", 99 << 10
     streams: ClassVar[dict[int, Driver]] = {}  # handle → whose stream it is; for libraries that enqueue on one
 
     def __init__(self, ordinal: int = 0, memory: int = 1 << 34) -> None:
@@ -192,11 +192,26 @@ class Arguments:
                 self.pointers = [matrix, scale]
                 integers = self.driver.view(self.pointers.pop(0), shape, "int8").astype(np.float32)
                 found.append(integers * self.take(shape[1], dtype=self.act))
+            elif self.INT4 >> bit & 1:
+                self.pointers = [matrix, scale]
+                found.append(self.int4(shape))
             else:
                 self.pointers = [matrix]
                 found.append(self.take(*shape, dtype=DTYPES[self.macros["WEIGHT"]]))
         self.pointers = rest
         return found
+
+    def int4(self, shape: tuple[int, int]) -> np.ndarray:
+        """Two columns a byte, the first in the low half; a scale for BLOCK rows."""
+        rows, columns = shape
+        pairs = self.driver.view(self.pointers.pop(0), (rows, columns // 2), "uint8")
+        nibbles = np.stack([pairs & 15, pairs >> 4], -1).reshape(rows, columns)
+        signed = (nibbles ^ 8).astype(np.float32) - 8
+        return signed * np.repeat(self.take(rows // self.BLOCK, columns, dtype=self.act), self.BLOCK, 0)
+
+    def halted(self, batch: int) -> np.ndarray:
+        """Whether each stream stays as it is."""
+        return self.take(batch, dtype="int32") != 0 if self.HALT else np.zeros(batch, bool)
 
     def weight(self, *shape: int) -> np.ndarray:
         """A matrix that is never int8."""
@@ -223,18 +238,29 @@ def residual(a: Arguments) -> np.ndarray:
     return stream + parts.sum(0)
 
 
+def embedded(a: Arguments) -> np.ndarray:
+    """Rows of the embedding; in int8 with a scale each."""
+    tokens, table, scales = (a.pointers.pop(0) for _ in range(3))
+    dtype, item = ("int8", 1) if a.EMBED_INT8 else (a.act, numpy_dtype(a.act).itemsize)
+    rows = []
+    for t in a.driver.view(tokens, (a.BATCH,), "int32"):
+        row = a.driver.view(table + int(t) * a.WIDTH * item, (a.WIDTH,), dtype)
+        if a.EMBED_INT8:
+            scale = a.driver.view(scales + int(t) * numpy_dtype(a.act).itemsize, (1,), a.act)
+            rows.append(row.astype(np.float32) * float32_from_stored(scale.copy(), a.act))
+        else:
+            rows.append(float32_from_stored(row.copy(), a.act))
+    return np.stack(rows)
+
+
+def shifted(a: Arguments, xn: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """The new token-shift state: that of a halted stream is the old one."""
+    return np.where(a.halted(a.BATCH)[:, None], before, xn)
+
+
 def time_mix_in(a: Arguments) -> None:
     ranks = [a.RANK_W, a.RANK_A, a.RANK_G, *([a.RANK_V] if a.RANK_V else [])]
-    if a.EMBED:
-        tokens, table = a.pointers.pop(0), a.pointers.pop(0)
-        item = numpy_dtype(a.act).itemsize
-        rows = [
-            a.driver.view(table + int(t) * a.WIDTH * item, (a.WIDTH,), a.act)
-            for t in a.driver.view(tokens, (a.BATCH,), "int32")
-        ]
-        x = float32_from_stored(np.stack(rows), a.act)
-    else:
-        x = residual(a)
+    x = embedded(a) if a.EMBED else residual(a)
     before = a.take(a.BATCH, a.WIDTH, dtype=a.act)
     weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
     mix = a.take(6, a.WIDTH, dtype=a.act)
@@ -243,8 +269,9 @@ def time_mix_in(a: Arguments) -> None:
     r, w, k, v, rate, g = (xn + (before - xn) * m for m in mix)
     found = [y @ m for y, m in zip([r, k, v, w, rate, g, v], matrices, strict=False)]
     found[3], found[5] = np.tanh(found[3]), sigmoid(found[5])
+    after = shifted(a, xn, before)
     a.give(x)
-    a.give(xn, a.act)
+    a.give(after, a.act)
     for value in found:
         a.give(value)
     a.done()
@@ -265,7 +292,8 @@ def wkv(a: Arguments) -> None:
     if first is not None:
         v = v + (first - v) * sigmoid(halves[3] + a.take(*shape, dtype=a.act))
     k_k, k_a, r_k, weight, bias = (a.take(*shape) for _ in range(5))
-    state = a.take(batch, heads, a.HEAD, a.HEAD)
+    state = old = a.take(batch, heads, a.HEAD, a.HEAD)
+    halted = a.halted(batch)
     kk = k * k_k
     kk /= np.maximum(np.linalg.norm(kk, axis=-1, keepdims=True), 1e-12)
     k = k * ((rate - 1) * k_a + 1)
@@ -274,13 +302,13 @@ def wkv(a: Arguments) -> None:
     y = normed(np.einsum("bhij,bhj->bhi", state, r), 64e-5) * weight + bias
     y = (y + (r * k * r_k).sum(-1, keepdims=True) * v) * halves[2]
     a.give(y)
-    a.give(state)
+    a.give(np.where(halted[:, None, None, None], old, state))
     a.done()
 
 
 def project(a: Arguments) -> None:
     x, (matrix,) = a.take(a.BATCH, a.FROM), a.matrices((a.FROM, a.WIDTH))
-    size = -(-a.FROM // a.SPLIT)
+    size = rounded_up(-(-a.FROM // a.SPLIT), a.BLOCK)
     a.give(np.stack([x[:, i * size : (i + 1) * size] @ matrix[i * size : (i + 1) * size] for i in range(a.SPLIT)]))
     a.done()
 
@@ -291,8 +319,9 @@ def channel_mix_in(a: Arguments) -> None:
     weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
     mix, (key,) = a.take(a.WIDTH, dtype=a.act), a.matrices((a.WIDTH, a.HIDDEN))
     xn = normed(x, 1e-5) * weight + bias
+    after = shifted(a, xn, before)
     a.give(x)
-    a.give(xn, a.act)
+    a.give(after, a.act)
     a.give(np.maximum((xn + (before - xn) * mix) @ key, 0) ** 2)
     a.done()
 

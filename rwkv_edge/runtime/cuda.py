@@ -6,19 +6,18 @@ graph, captured for each of the two directions between the token-shift states.
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.errors import ArtifactError, InputError, SessionError
-from rwkv_edge.plugins.fused import MAX_BATCH, Dimensions, Kernels, Tuning
+from rwkv_edge.errors import InputError, SessionError
+from rwkv_edge.plugins.fused import Kernels
+from rwkv_edge.plugins.fused_spec import MAX_BATCH, Choice, Dimensions, Tuning
 from rwkv_edge.runtime.cuda_chain import Chain, Give, Outputs, StatePlaces, row_bytes, state_layout
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
+from rwkv_edge.runtime.cuda_weights import INDEX_FILE, WEIGHTS_FILE, check_scheme, load_weights
 from rwkv_edge.runtime.initial import initial_arrays, stored_initial
 from rwkv_edge.runtime.session import (
     Watch,
@@ -26,19 +25,17 @@ from rwkv_edge.runtime.session import (
     named_from_stored,
     stored_from_named,
 )
-from rwkv_edge.spec import ITEM_SIZE, ModelSpec, numpy_dtype
+from rwkv_edge.spec import ModelSpec, numpy_dtype
 
-WEIGHTS_FILE = "weights.bin"
-INDEX_FILE = "weights.json"
 VERSIONS = ("7",)
 WIDE, WIDER = 2048, 2560  # widths D from which a model counts as large
 SMALL = Tuning(
-    time_mix_in=32, time_mix_out=64, time_mix_split=4, channel_mix_in=32, channel_mix_out=64, channel_mix_split=8,
-    head=128, skip=False, ahead=16,
+    time_mix_in=Choice(32), time_mix_out=Choice(32, 2), channel_mix_in=Choice(32), channel_mix_out=Choice(32, 4),
+    head=Choice(128), skip=False,
 )  # fmt: skip
 LARGE = Tuning(
-    time_mix_in=64, time_mix_out=32, time_mix_split=4, channel_mix_in=64, channel_mix_out=64, channel_mix_split=8,
-    head=128, skip=True, ahead=8,
+    time_mix_in=Choice(64), time_mix_out=Choice(32, 4), channel_mix_in=Choice(64), channel_mix_out=Choice(64, 8),
+    head=Choice(128), skip=True,
 )  # fmt: skip
 
 
@@ -78,8 +75,9 @@ class CudaState:
         self.shifts = driver.allocate(self._sizes[1]), driver.allocate(self._sizes[1])
         self.tokens = driver.allocate(4 * batch)
         self.logits = driver.allocate(4 * batch * spec.vocab_size)
+        self.halted = driver.allocate(4 * batch)
         self.graphs: dict[tuple[int, Give], Graph] = {}
-        pointers = (self.matrices, *self.shifts, self.tokens, self.logits)
+        pointers = (self.matrices, *self.shifts, self.tokens, self.logits, self.halted)
         weakref.finalize(self, _release, driver, pointers, self.graphs)
 
     def address(self, name: str, side: int, row: int = 0) -> int:
@@ -101,8 +99,9 @@ class CudaState:
         return StatePlaces(tuple(self.address(f"wkv.{i}", 0, row) for i in layers), (shifts[0], shifts[1]))
 
     def outputs(self, row: int) -> Outputs:
-        """Tokens and logits of the streams from ``row`` on."""
-        return Outputs(self.tokens + 4 * row, self.logits + 4 * row * self._spec.vocab_size)
+        """Tokens, logits and flags of the streams from ``row`` on."""
+        logits = self.logits + 4 * row * self._spec.vocab_size
+        return Outputs(self.tokens + 4 * row, logits, self.halted + 4 * row)
 
     def copy_from(self, other: CudaState) -> None:
         """Take the state of ``other``, of as many streams."""
@@ -142,13 +141,13 @@ class CudaSession:
         initial = artifact.manifest.initial_state
         self.initial_hash = None if initial is None else artifact.manifest.files[initial].sha256
         self._dimensions = dimensions_of(self.spec)
-        _check_scheme(artifact)
+        check_scheme(artifact)
         if check_content:
             artifact.check_content(INDEX_FILE, WEIGHTS_FILE)
         self._driver = Driver(device)
         self._tuning = tuning or default_tuning(self._dimensions)
         self._start = initial_arrays(artifact)
-        self._memory, self._weights, self._int8 = _loaded(self._driver, artifact.path)
+        self._weights = load_weights(self._driver, artifact.path)
         self._chains: dict[int, Chain] = {}
 
     @property
@@ -251,7 +250,7 @@ class CudaSession:
         for chain in self._chains.values():
             chain.close()
         self._chains.clear()
-        self._driver.free(self._memory)
+        self._driver.free(self._weights.memory)
         self._driver.close()
 
     def _uploaded(self, stored: Mapping[str, np.ndarray]) -> CudaState:
@@ -290,27 +289,10 @@ class CudaSession:
 
     def _chain(self, batch: int) -> Chain:
         if batch not in self._chains:
-            kernels = Kernels(self._dimensions, batch, self._tuning, self._int8)
-            self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights)
+            stored, shared = self._weights.stored, self._driver.block_shared
+            kernels = Kernels(self._dimensions, batch, self._tuning, stored, shared=shared)
+            self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights.address)
         return self._chains[batch]
-
-
-def _check_scheme(artifact: Artifact) -> None:
-    """Refuse quantized artifacts whose meaning the kernels do not have.
-
-    Raises:
-        SessionError: int8 activations, int4, or an int8 embedding.
-    """
-    facts = artifact.manifest.quantization
-    if facts is None:
-        return
-    formats = {*facts.get("formats", {}).values()} - {"float", "w8"}
-    if formats or facts.get("embedding") == "int8":
-        found = ", ".join(sorted(formats)) or "an int8 embedding"
-        raise SessionError(
-            f"the backend 'cuda' runs float and int8 weights (--scheme w8, --embedding float), not {found}; "
-            "quantize again, or use another backend"
-        )
 
 
 def default_tuning(dimensions: Dimensions) -> Tuning:
@@ -319,46 +301,7 @@ def default_tuning(dimensions: Dimensions) -> Tuning:
     In large models half of a tile's loads are spared by skipping; in small ones the time goes into waiting for the
     first of them, so all are asked for at once.
     """
-    if dimensions.width < WIDE:
-        return SMALL
-    return LARGE if dimensions.width < WIDER else replace(LARGE, time_mix_out=64, ahead=16)
-
-
-def _loaded(driver: Driver, folder: Path) -> tuple[int, dict[str, int], frozenset[str]]:
-    """weights.bin on the device: its address, those of the tensors by name, and the names of int8 matrices.
-
-    A matrix in int8 is stored as ``NAME.q`` and ``NAME.scale``; of one in float, the scale's address is its own.
-
-    Raises:
-        ArtifactError: weights.json does not fit it.
-    """
-    try:
-        data = np.memmap(folder / WEIGHTS_FILE, np.uint8, mode="r")
-        entries = json.loads((folder / INDEX_FILE).read_bytes())
-        offsets: dict[str, int] = {}
-        int8: set[str] = set()
-        for entry in entries:
-            start, nbytes = int(entry["offset"]), int(entry["nbytes"])
-            expected = int(np.prod([int(n) for n in entry["shape"]])) * ITEM_SIZE[str(entry["dtype"])]
-            if nbytes != expected or start < 0 or start + nbytes > data.size or start % 16:
-                raise ValueError(f"'{entry['name']}' does not lie inside {WEIGHTS_FILE}")
-            name = str(entry["name"])
-            if str(entry["dtype"]) in ("int4", "uint4"):
-                raise SessionError("the backend 'cuda' has no int4 kernels; quantize with --scheme w8, or use another")
-            offsets[name.removesuffix(".q")] = start
-            if name.endswith(".q"):
-                int8.add(name.removesuffix(".q"))
-            else:
-                offsets.setdefault(f"{name}.scale", start)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / INDEX_FILE} cannot be used ({error}); export the checkpoint again") from error
-    if driver.free_memory() < data.size:
-        raise SessionError(
-            f"the weights need {data.size / 1e9:.2f} GB of the GPU's memory; {driver.free_memory() / 1e9:.2f} are free"
-        )
-    memory = driver.allocate(data.size)
-    driver.upload_file(data, memory)
-    return memory, {name: memory + offset for name, offset in offsets.items()}, frozenset(int8)
+    return SMALL if dimensions.width < WIDE else LARGE
 
 
 def _end(places: Mapping[str, tuple[int, int]]) -> int:

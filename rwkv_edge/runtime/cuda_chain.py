@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rwkv_edge.plugins.fused import FusedKernel, Kernels
+from rwkv_edge.plugins.fused import Kernels
+from rwkv_edge.plugins.fused_spec import FusedKernel
 from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.spec import ITEM_SIZE, ModelSpec
 
@@ -37,10 +38,17 @@ class StatePlaces:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Device addresses of what a chain reads and gives: tokens [B] int32, logits [B, V] float32."""
+    """Device addresses of what a chain reads and gives.
+
+    Attributes:
+        tokens: [B] int32.
+        logits: [B, V] float32.
+        halted: [B] int32; where it is not zero, the state of the stream stays as it is.
+    """
 
     tokens: int
     logits: int
+    halted: int
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,7 @@ class Chain:
             driver: the GPU.
             spec: of the model.
             kernels: its kernels.
-            weights: device addresses by name, those of `rwkv_edge.models.v7.params`, and for every matrix that of its
-                scale; for one in float, any.
+            weights: `Weights.address` of `rwkv_edge.runtime.cuda_weights`.
         """
         self._driver, self._spec, self._kernels, self._weights = driver, spec, kernels, weights
         self._functions: dict[FusedKernel, Any] = {}
@@ -91,7 +98,8 @@ class Chain:
         sizes = {
             "stream.0": d.width, "stream.1": d.width, "r": d.inner, "k": d.inner, "v": d.inner, "v_first": d.inner,
             "hw": d.rank_w, "ha": d.rank_a, "hg": d.rank_g, "hv": d.rank_v, "y": d.inner, "hidden": d.hidden,
-            "parts": d.width * max(tuning.time_mix_split, tuning.channel_mix_split), "best": kernels.head_blocks,
+            "parts": d.width * max(tuning.time_mix_out.split, tuning.channel_mix_out.split),
+            "best": kernels.head_blocks,
             "best_at": kernels.head_blocks,
         }  # fmt: skip
         for name, floats in sizes.items():
@@ -109,7 +117,7 @@ class Chain:
         found: list[Launch] = []
         for layer in range(self._spec.n_layer):
             found += self._time_mix(layer, state, side, outputs)
-            found += self._channel_mix(layer, state, side)
+            found += self._channel_mix(layer, state, side, outputs)
         if give != "state":
             buffers = self._buffers.by_name
             places = {**buffers, "stream": buffers["stream.0"], "logits": outputs.logits}
@@ -141,7 +149,8 @@ class Chain:
         att = self._named(f"blocks.{layer}.att.") | self._norm(f"blocks.{layer}.ln1")
         value = "v_first" if layer == 0 else "v"
         inputs = {
-            **buffers, **att, "tokens": outputs.tokens, "emb": self._weights["emb"], "stream": buffers["stream.0"],
+            **buffers, **att, "tokens": outputs.tokens, "emb": self._weights["emb"],
+            "emb.scale": self._weights["emb.scale"], "stream": buffers["stream.0"], "halted": outputs.halted,
             "shift": state.shifts[side][layer][0], "v": buffers[value], "wkv": state.wkv[layer],
         }  # fmt: skip
         # weights and buffers share no name but v, k, r: those of the checkpoint are called value, key, receptance
@@ -154,14 +163,15 @@ class Chain:
             self._launch(kernels.time_mix_out(layer), inputs, buffers),
         ]
 
-    def _channel_mix(self, layer: int, state: StatePlaces, side: int) -> list[Launch]:
+    def _channel_mix(self, layer: int, state: StatePlaces, side: int, outputs: Outputs) -> list[Launch]:
         kernels, buffers = self._kernels, self._buffers.by_name
         ffn = self._named(f"blocks.{layer}.ffn.") | self._norm(f"blocks.{layer}.ln2")
         inputs = {**buffers, **ffn, "stream": buffers["stream.1"], "shift": state.shifts[side][layer][1]}
-        outputs = {**buffers, "stream": buffers["stream.0"], "shift": state.shifts[1 - side][layer][1]}
+        inputs["halted"] = outputs.halted
+        given = {**buffers, "stream": buffers["stream.0"], "shift": state.shifts[1 - side][layer][1]}
         return [
-            self._launch(kernels.channel_mix_in(layer), inputs, outputs),
-            self._launch(kernels.channel_mix_out(layer), inputs, outputs),
+            self._launch(kernels.channel_mix_in(layer), inputs, given),
+            self._launch(kernels.channel_mix_out(layer), inputs, given),
         ]
 
     def _named(self, prefix: str) -> dict[str, int]:

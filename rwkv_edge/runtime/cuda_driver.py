@@ -21,6 +21,7 @@ class Driver:
 
     Attributes:
         capability: compute capability, 90 for 9.0.
+        block_shared: bytes of shared memory that a block may ask for.
         name: of the GPU.
     """
 
@@ -42,12 +43,14 @@ class Driver:
         major = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
         minor = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         self.capability = major * 10 + minor
+        self.block_shared = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
         self.name = self._call("cuDeviceGetName", 96, self._device).decode().partition("\0")[0]
         self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._modules: list[Any] = []
         self._memory: set[int] = set()
         self._pinned: set[int] = set()
         self._graphs: set[Graph] = set()
+        self._events: set[Event] = set()
 
     @property
     def stream(self) -> int:
@@ -192,6 +195,12 @@ class Driver:
         self._graphs.add(graph)
         self._call("cuGraphDestroy", recorded)
 
+    def event(self) -> Event:
+        """A mark for the stream; see `Event`."""
+        event = Event(self)
+        self._events.add(event)
+        return event
+
     def elapsed_ms(self, work: Any) -> float:
         """Milliseconds that the stream took for what ``work()`` enqueues."""
         events = [self._call("cuEventCreate", 0) for _ in range(2)]
@@ -209,6 +218,8 @@ class Driver:
         self.synchronize()
         for graph in tuple(self._graphs):
             graph.close()
+        for event in tuple(self._events):
+            event.close()
         self.free(*self._memory)
         while self._pinned:
             self._call("cuMemFreeHost", self._pinned.pop())
@@ -270,6 +281,36 @@ class Graph:
             self._driver._call("cuGraphExecDestroy", self.executable)
             self._driver._graphs.discard(self)
             self.executable = None
+
+
+class Event:
+    """A mark on the stream: the host can wait until everything before it has run, while more is enqueued behind it."""
+
+    def __init__(self, driver: Driver) -> None:
+        flags = driver._api.CUevent_flags
+        self._driver = driver
+        self._handle = driver._call(
+            "cuEventCreate", int(flags.CU_EVENT_BLOCKING_SYNC) | int(flags.CU_EVENT_DISABLE_TIMING)
+        )
+
+    def record(self) -> None:
+        """Put the mark behind all that was enqueued."""
+        self._driver._call("cuEventRecord", self._handle, self._driver._stream)
+
+    def wait(self) -> None:
+        """Wait until the stream has reached the mark.
+
+        Raises:
+            SessionError: a kernel failed.
+        """
+        self._driver._call("cuEventSynchronize", self._handle)
+
+    def close(self) -> None:
+        """Give it back; more than once does no harm."""
+        if self._handle is not None:
+            self._driver._call("cuEventDestroy", self._handle)
+            self._driver._events.discard(self)
+            self._handle = None
 
 
 def _bindings() -> Any:

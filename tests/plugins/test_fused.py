@@ -9,10 +9,12 @@ import pytest
 
 from rwkv_edge.errors import InputError
 from rwkv_edge.plugins import nvrtc
-from rwkv_edge.plugins.fused import Dimensions, FusedKernel, Kernels, Tuning
+from rwkv_edge.plugins.fused import Kernels
+from rwkv_edge.plugins.fused_spec import Choice, Dimensions, FusedKernel, Stored, Tuning
 from rwkv_edge.runtime.cuda import LARGE, SMALL
 
 ORIN, HOPPER = 87, 90
+MOST_SHARED = 163 << 10  # bytes of a block on Orin
 SMALLEST = Dimensions(768, 768, 3072, 12, 64, 65536, 64, 64, 128, 32, "float16")
 LARGER = Dimensions(2048, 2048, 8192, 32, 64, 65536, 96, 96, 256, 64, "float16")
 
@@ -29,25 +31,44 @@ def all_of(kernels: Kernels) -> list[FusedKernel]:
     ]
 
 
+def quantized(form: str, layers: int = 2) -> dict[str, Stored]:
+    """All that may be in int8 or int4."""
+    how = Stored("int8") if form == "int8" else Stored("int4", 32)
+    names = [f"att.{n}" for n in ("receptance", "key", "value", "output")] + ["ffn.key", "ffn.value"]
+    found = {f"blocks.{i}.{name}": how for i in range(layers) for name in names}
+    found |= {f"blocks.{i}.att.{name}": Stored("int8") for i in range(layers) for name in ("g1", "g2")}
+    return found | {"head": how, "emb": Stored("int8")}
+
+
+@pytest.mark.parametrize("form", ["float", "int8", "int4"])
 @pytest.mark.parametrize("capability", [75, 80, 86, 87, 89, 90, 100, 110, 120])
-def test_all_compile(capability: int, nvrtc_architectures: tuple[int, ...]) -> None:
+def test_all_compile(capability: int, form: str, nvrtc_architectures: tuple[int, ...]) -> None:
     if capability not in nvrtc_architectures:
         pytest.skip(f"this NVRTC does not know compute_{capability}")
-    kernels = Kernels(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512, vocabulary=256), 1, SMALL)
+    dimensions = replace(SMALLEST, width=128, inner=128, heads=2, hidden=512, vocabulary=256)
+    kernels = Kernels(dimensions, 1, SMALL, {} if form == "float" else quantized(form))
     for kernel in all_of(kernels):
         assert f".target sm_{capability}" in kernel.ptx(capability)
 
 
 @pytest.mark.parametrize(
-    ("dimensions", "tuning", "batch"),
-    [(SMALLEST, SMALL, 1), (LARGER, LARGE, 1), (replace(LARGER, dtype="bfloat16"), LARGE, 1)],
-    ids=["0.1B", "1.5B", "1.5B in bfloat16"],
+    ("dimensions", "tuning", "batch", "form"),
+    [
+        (SMALLEST, SMALL, 1, "float"),
+        (LARGER, LARGE, 1, "float"),
+        (replace(LARGER, dtype="bfloat16"), LARGE, 1, "float"),
+        (LARGER, LARGE, 1, "int8"),
+        (LARGER, LARGE, 1, "int4"),
+        (SMALLEST, SMALL, 8, "int4"),
+    ],
+    ids=["0.1B", "1.5B", "1.5B in bfloat16", "1.5B in int8", "1.5B in int4", "0.1B in int4, 8 streams"],
 )
 def test_registers_do_not_spill(
-    dimensions: Dimensions, tuning: Tuning, batch: int, nvrtc_architectures: tuple[int, ...]
+    dimensions: Dimensions, tuning: Tuning, batch: int, form: str, nvrtc_architectures: tuple[int, ...]
 ) -> None:
     """What ptxas inside NVRTC reports: two words at most, by which it reaches a round number of registers."""
-    for kernel in all_of(Kernels(dimensions, batch, tuning)):
+    stored = {} if form == "float" else quantized(form)
+    for kernel in all_of(Kernels(dimensions, batch, tuning, stored, shared=MOST_SHARED)):
         options = [*nvrtc.OPTIONS, *(f"-D{name}={value}" for name, value in kernel.defines)]
         for capability in (ORIN, HOPPER):
             if capability not in nvrtc_architectures:
@@ -91,7 +112,7 @@ def test_batches_are_checked(batch: int) -> None:
 @pytest.mark.parametrize("tile", [12, 512])
 def test_tiles_are_checked(tile: int) -> None:
     with pytest.raises(InputError, match="a power of two from 8 to 256 columns"):
-        Kernels(SMALLEST, 1, replace(SMALL, head=tile)).head()
+        Kernels(SMALLEST, 1, replace(SMALL, head=Choice(tile))).head()
 
 
 def test_one_kernel_serves_all_layers_but_the_first() -> None:

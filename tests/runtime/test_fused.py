@@ -22,7 +22,7 @@ from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.errors import ArtifactError, SessionError
 from rwkv_edge.evaluation.synthetic import Shape, Shape7, random_v6, random_v7, save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
-from rwkv_edge.plugins.fused import INT8_ALIGNMENT, FusedKernel
+from rwkv_edge.plugins.fused_spec import COLUMNS, FusedKernel
 from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.session import open_session
@@ -35,9 +35,17 @@ SHAPES = {
     "one layer": Shape7(1, 128, 256, 64, 4, (32, 32, 16, 32)),
     "1.5B's widths": Shape7(2, 2048, 4096, 64, 4, (96, 96, 64, 256)),
 }
-TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "w8": 1e-5, "fp16 w8": 1e-2}
-"""Over the oracle's largest logit. In 16 bits it is the rounding of the weights; w8 has the same weights as its oracle,
-and so has fp16 w8, whose oracle rounds activations."""
+TOLERANCE = {
+    "fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "w8": 1e-5, "fp16 w8": 1e-2, "w4": 1e-5, "fp16 w4": 1e-2,
+    "w4 of 128": 1e-5,
+}  # fmt: skip
+"""Over the oracle's largest logit. In 16 bits it is the rounding of the weights; w8 and w4 have the same weights as
+their oracles, and so have those over fp16, whose oracles round activations."""
+SCHEMES = {
+    "w8": SchemeOptions("w8", embedding="int8"), "fp16 w8": SchemeOptions("w8"),
+    "w4": SchemeOptions("w4", head="int4"), "fp16 w4": SchemeOptions("w4", head="int4", embedding="int8"),
+    "w4 of 128": SchemeOptions("w4", block=128),
+}  # fmt: skip
 COUNT = 24
 
 
@@ -50,8 +58,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
         def __missing__(self, key: tuple[str, str]) -> Path:
             name, precision = key
             self[key] = folder / f"{name}-{precision}"
-            if precision.endswith("w8"):
-                quantize_artifact(self[name, precision.removesuffix("w8").strip() or "fp32"], self[key])
+            if precision in SCHEMES:
+                source = self[name, "fp16" if precision.startswith("fp16") else "fp32"]
+                quantize_artifact(source, self[key], QuantizeOptions(SCHEMES[precision]))
             else:
                 checkpoint = save_pth(random_v7(SHAPES[name]), folder / f"{name}.pth")
                 options = ExportOptions(precision=precision, chunks=(), batch=None, tokenizer="none")
@@ -61,13 +70,19 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
     return Lazy()
 
 
+def fits(shape: Shape7, precision: str) -> bool:
+    """Rows of integers begin at 16 bytes."""
+    columns = COLUMNS["int4" if "w4" in precision else "int8"] if precision in SCHEMES else 1
+    return not (shape.n_embd % columns or shape.vocab_size % columns or shape.head_size % min(columns, COLUMNS["int8"]))
+
+
 CASES = [
     pytest.param((where, name, precision), id=f"{where}-{name}-{precision}", marks=[pytest.mark.gpu] * (where == "gpu"))
     for where in ("numpy", "gpu")
     for name in SHAPES
     for precision in TOLERANCE
     if where == "gpu" or (SHAPES[name].n_embd < 1024 and (precision == "fp32" or name == "many heads"))
-    if not precision.endswith("w8") or SHAPES[name].head_size % INT8_ALIGNMENT == 0
+    if fits(SHAPES[name], precision)
 ]
 
 
@@ -85,7 +100,7 @@ def sessions(
             patch.setattr(FusedKernel, "ptx", cuda_double.described)
         patch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", float_products)
         session = CudaSession(Artifact.open(artifacts[name, precision]))
-        oracle = OrtSession(Artifact.open(artifacts[name, precision if precision.endswith("w8") else "fp32"]))
+        oracle = OrtSession(Artifact.open(artifacts[name, precision if precision in SCHEMES else "fp32"]))
         yield session, oracle, TOLERANCE[precision]
         session.close()
         oracle.close()
@@ -258,15 +273,31 @@ def test_no_gpu(tmp_path: Path) -> None:
         open_session(small_artifact(tmp_path), backend="cuda")
 
 
+@pytest.mark.parametrize("batch", [2, 9])
+def test_halted_streams_stay(sessions: tuple[CudaSession, OrtSession, float], batch: int) -> None:
+    """A stream whose flag is set keeps its state over any number of steps; the others go on as if it was not there."""
+    session, oracle, _ = sessions
+    arrays = random_state(oracle, batch)
+    state, free = session.import_state(arrays), session.import_state(arrays)
+    flags = np.zeros(batch, np.int32)
+    flags[batch - 1] = 1
+    before = session.export_state(state)
+    session._driver.upload(flags, state.halted)
+    for token in (3, 5, 5):
+        found, expected = session.step([token] * batch, state), session.step([token] * batch, free)
+        np.testing.assert_array_equal(found[: batch - 1], expected[: batch - 1])
+    after, moved = session.export_state(state), session.export_state(free)
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name][-1], array[-1])
+        np.testing.assert_array_equal(after[name][:-1], moved[name][:-1])
+
+
 @pytest.mark.parametrize(
     ("scheme", "words"),
-    [
-        (SchemeOptions("w8", embedding="int8"), "not an int8 embedding"),
-        (SchemeOptions("w4"), "not w4"),
-    ],
+    [(SchemeOptions("w8", target="cpu"), "--target cpu"), (SchemeOptions("w4", target="cpu"), "--target cpu")],
 )
 def test_other_schemes_are_refused(scheme: SchemeOptions, words: str, tmp_path: Path, numpy_gpu: None) -> None:
     folder = small_artifact(tmp_path)
     quantize_artifact(folder, tmp_path / "quantized", QuantizeOptions(scheme))
-    with pytest.raises(SessionError, match=rf"runs float and int8 weights .*, {words}; quantize again"):
+    with pytest.raises(SessionError, match=rf"runs float, int8 and int4 weights .*, not {words}; quantize again"):
         open_session(tmp_path / "quantized", backend="cuda")

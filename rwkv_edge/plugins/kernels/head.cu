@@ -7,10 +7,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* stream_in, const float* parts, const Act* __restrict__ norm_weight,
     const Act* __restrict__ norm_bias, const Matrix* __restrict__ head, const Act* __restrict__ head_scale, float* logits,
     float* best, int* best_at) {
-    extern __shared__ float inputs[];  // [BATCH, WIDTH]
+    extern __shared__ __align__(16) unsigned char shared[];
+    float* inputs = reinterpret_cast<float*>(shared + RING);  // [BATCH, PITCH]
     __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
     const int first = blockIdx.x * TILE;
-    Columns<Matrix, WIDTH, TILE> rows(head, VOCABULARY, 0, first);
+    auto rows = Opened<Matrix, WIDTH, TILE>::from(head, head_scale, VOCABULARY, 0, first, shared);
     rows.prefetch();
     const Vector weight(norm_weight), bias(norm_bias);
     wait_for_previous();
@@ -18,15 +19,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     Stream stream;
     stream.load(stream_in, parts);
     stream.normalize(weight, bias, scratch);
-#pragma unroll
-    for (int b = 0; b < BATCH; ++b)
-#pragma unroll
-        for (int q = 0; q < QUADS; ++q)
-            if (place(q) < WIDTH) store4(inputs + b * WIDTH + place(q), stream.x[b][q]);
+    stream.give(inputs);
     __syncthreads();
 
     float sums[BATCH][PER<Matrix>] = {};
-    rows.add(sums, inputs, WIDTH);
+    rows.add(sums, inputs, PITCH);
     constexpr int pitch = BATCH * TILE;
     warp_sums<Columns<Matrix, WIDTH, TILE>::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
     __syncthreads();

@@ -40,7 +40,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
 #endif
     const float* __restrict__ k_k, const float* __restrict__ k_a, const float* __restrict__ r_k,
     const float* __restrict__ norm_weight, const float* __restrict__ norm_bias, const float* state_in,
+#if HALT
+    const int* halted_flags,
+#endif
     float* y, float* state_out) {
+    extern __shared__ __align__(16) unsigned char shared[];  // rings
     __shared__ float hidden[HIDDEN];
     __shared__ float partial[WARPS * LORAS * HEAD];
     __shared__ __align__(16) float r_s[HEAD], w_s[HEAD], k_s[HEAD], v_s[HEAD], kk_s[HEAD], b_s[HEAD];
@@ -53,12 +57,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const int lane = threadIdx.x % 32, quad = threadIdx.x % QUAD_LANES, group = threadIdx.x / QUAD_LANES;
     const bool has_quad = quad * 4 < HEAD;
 
-    Columns<Weight, RANK_W, HEAD> decay(w2, INNER, 0, channel);
-    Columns<Weight, RANK_A, HEAD> rate(a2, INNER, 0, channel);
-    Columns<Gate, RANK_G, HEAD> gate(g2, INNER, 0, channel);
+    typedef Columns<Weight, RANK_W, HEAD> Decay;
+    typedef Columns<Weight, RANK_A, HEAD> Rate;
+    typedef Columns<Gate, RANK_G, HEAD> Gates;
+    Decay decay(w2, INNER, 0, channel, shared);
+    Rate rate(a2, INNER, 0, channel, shared + Decay::ROOM);
+    Gates gate(g2, INNER, 0, channel, shared + Decay::ROOM + Rate::ROOM);
     decay.prefetch(), rate.prefetch(), gate.prefetch();
 #if RANK_V
-    Columns<Weight, RANK_V, HEAD> blend(v2, INNER, 0, channel);
+    Columns<Weight, RANK_V, HEAD> blend(v2, INNER, 0, channel, shared + Decay::ROOM + Rate::ROOM + Gates::ROOM);
     blend.prefetch();
 #endif
     Packed<float> rows[ROWS];
@@ -90,6 +97,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         else if (at >= 3 * HEAD && at < 4 * HEAD) offset[i] = widen(v0[n]);
 #endif
     }
+#if HALT
+    const bool halted = halted_flags[blockIdx.y] != 0;
+#else
+    constexpr bool halted = false;
+#endif
     wait_for_previous();
     for (int at = threadIdx.x; at < HIDDEN; at += THREADS) {
         const int b = blockIdx.y;
@@ -190,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         }
         out = sum_lanes<QUAD_LANES>(out);
         if (row < HEAD) {
-            if (has_quad) store4(state_out + corner + row * HEAD + quad * 4, s);
+            if (has_quad && !halted) store4(state_out + corner + row * HEAD + quad * 4, s);
             if (quad == 0) y_s[row] = out;
         }
     }
