@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkv_edge.evaluation.bench_jtop import JtopMeter, jtop_meter
 from rwkv_edge.evaluation.bench_nvml import Nvml, open_nvml
 from rwkv_edge.evaluation.bench_power import EnergyMeter, NvmlMeter, TegrastatsMeter, tegrastats_meter
 from rwkv_edge.evaluation.roofline import usable_cores
@@ -85,12 +86,16 @@ class Machine:
             gpu: the number of the GPU that computes, None for none.
         """
         self.nvml: Nvml | None = None if gpu is None else open_nvml(gpu)
-        self._tegra: TegrastatsMeter | None = tegrastats_meter()
-        self.meter: EnergyMeter | None = self._tegra or (NvmlMeter(self.nvml) if self.nvml else None)
+        self._board: JtopMeter | TegrastatsMeter | None = jtop_meter() or tegrastats_meter()
+        self.meter: EnergyMeter | None = self._board or (NvmlMeter(self.nvml) if self.nvml else None)
 
     def facts(self) -> dict[str, Any]:
         """What does not change."""
         facts = machine_facts()
+        facts["clocks_fixed"] = None
+        if isinstance(self._board, JtopMeter):
+            facts["power_mode"] = self._board.power_mode or facts["power_mode"]
+            facts["clocks_fixed"] = self._board.clocks_fixed
         facts["gpu"] = self.nvml.name() if self.nvml else None
         facts["gpu_power_limit_watts"] = self.nvml.power_limit_watts() if self.nvml else None
         return facts
@@ -100,8 +105,8 @@ class Machine:
         clocks: dict[str, int] = {}
         if (cpu := cpu_mhz()) is not None:
             clocks["cpu"] = cpu
-        if self._tegra and self._tegra.latest:
-            clocks |= self._tegra.latest.mhz
+        if self._board and self._board.latest:
+            clocks |= self._board.latest.mhz
         if self.nvml:
             clocks |= {f"gpu_{name}": value for name, value in self.nvml.clocks_mhz().items()}
         return clocks
@@ -132,5 +137,5 @@ class Machine:
 
     def close(self) -> None:
         """End what was started."""
-        if self._tegra:
-            self._tegra.close()
+        if self._board:
+            self._board.close()

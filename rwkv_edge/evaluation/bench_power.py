@@ -1,4 +1,7 @@
-"""Energy of a piece of work, where the board tells it: NVML's counter, or the power that tegrastats prints."""
+"""Energy of a piece of work, where the board tells it: NVML's counter, or the power that tegrastats prints.
+
+jtop's is in `rwkv_edge.evaluation.bench_jtop`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ _NO_RAILS = ("RAM", "SWAP", "IRAM", "NC")
 
 
 class EnergyMeter(Protocol):
-    """Measures the energy between `start` and `stop`."""
+    """Measures the energy between `start` and `stop`.
+
+    Attributes:
+        least: seconds that the work must take, so that what the board tells in steps is within some percent.
+    """
+
+    least: float
 
     @property
     def source(self) -> str:
@@ -44,6 +53,8 @@ class EnergyMeter(Protocol):
 class NvmlMeter:
     """The counter of an NVIDIA GPU."""
 
+    least = 2.0  # the driver renews it some ten times a second
+
     def __init__(self, nvml: Nvml) -> None:
         self._nvml = nvml
         self._before: float | None = None
@@ -54,7 +65,7 @@ class NvmlMeter:
         self._before = self._nvml.energy_joules()
 
     def stop(self) -> float | None:
-        """Read it again; the driver renews it some ten times a second."""
+        """Read it again."""
         after = self._nvml.energy_joules()
         if self._before is None or after is None or after <= self._before:
             return None
@@ -105,14 +116,21 @@ def tegra_line(line: str) -> TegraLine | None:
     return TegraLine(rails, mhz)
 
 
-def joules_between(samples: Iterable[tuple[float, float]], start: float, stop: float) -> float | None:
-    """Energy of samples of (time, watts), each of which stands for the time up to it; None without a sample inside."""
-    inside = [watts for at, watts in samples if start <= at <= stop + INTERVAL]
+def joules_between(
+    samples: Iterable[tuple[float, float]], start: float, stop: float, slack: float = INTERVAL
+) -> float | None:
+    """Energy of samples of (time, watts), each of which stands for the time up to it; None without a sample inside.
+
+    A sample counts up to ``slack`` seconds after ``stop``.
+    """
+    inside = [watts for at, watts in samples if start <= at <= stop + slack]
     return sum(inside) / len(inside) * (stop - start) if inside else None
 
 
 class TegrastatsMeter:
     """The mean power of a Jetson times the time."""
+
+    least = 2.0  # twenty of its lines
 
     def __init__(self, command: str = "tegrastats") -> None:
         """Start it; it runs until `close`.

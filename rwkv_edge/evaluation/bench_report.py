@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rwkv_edge.evaluation.bench_parity import Parity
-from rwkv_edge.evaluation.bench_worker import WARM_STEPS
 
 PERCENTILES = (50, 90, 99)
 
@@ -28,13 +27,11 @@ class Turn:
         prefill: seconds of the prompt, to the most likely next tokens.
         latencies: seconds of every step after it.
         bandwidth: GB/s that the machine read before it; None where it was not measured.
-        joules: of the steps and of the unmeasured ones before them; None where the board does not tell.
     """
 
     prefill: float
     latencies: list[float]
     bandwidth: float | None = None
-    joules: float | None = None
 
     @property
     def decode(self) -> float:
@@ -59,6 +56,7 @@ class Measured:
         host_bytes_before: what it had before it opened the model.
         peak_device_bytes: the most that the GPU's memory grew by.
         bytes_per_step: that one step of all streams must move; None where it is not known.
+        joules_per_token: over steps that took as long as the meter needs; None where the board does not tell.
         turns: the measurements.
     """
 
@@ -74,6 +72,7 @@ class Measured:
     host_bytes_before: int | None = None
     peak_device_bytes: int | None = None
     bytes_per_step: int | None = None
+    joules_per_token: float | None = None
     turns: list[Turn] = field(default_factory=list)
 
     @property
@@ -97,11 +96,6 @@ class Measured:
         moved = self.bytes_per_step / 1e9
         shares = [moved * len(t.latencies) / t.decode / t.bandwidth for t in self.turns if t.bandwidth]
         return statistics.median(shares) if shares else None
-
-    def joules_per_token(self, batch: int) -> float | None:
-        """Median over turns."""
-        known = [t.joules / (batch * (len(t.latencies) + WARM_STEPS)) for t in self.turns if t.joules is not None]
-        return statistics.median(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ class BenchReport:
             "bytes_per_step": found.bytes_per_step,
             "bandwidth_gb_s": _median([turn.bandwidth for turn in found.turns]),
             "share_of_bandwidth": found.share_of_bandwidth(),
-            "joules_per_token": found.joules_per_token(self.batch),
+            "joules_per_token": found.joules_per_token,
             "peak_host_bytes": found.peak_host_bytes,
             "host_bytes_before": found.host_bytes_before,
             "peak_device_bytes": found.peak_device_bytes,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +28,9 @@ from rwkv_edge.evaluation.bench_parity import (
     self_consistency,
     tolerance_of,
 )
+from rwkv_edge.evaluation.bench_power import EnergyMeter
 from rwkv_edge.evaluation.bench_report import BenchReport, Measured, Turn
-from rwkv_edge.evaluation.bench_worker import Contender, Worker
+from rwkv_edge.evaluation.bench_worker import WARM_STEPS, Contender, Worker
 from rwkv_edge.evaluation.roofline import read_bandwidth
 from rwkv_edge.runtime.atomic import check_writable, reason_of, write_whole
 from rwkv_edge.runtime.session import checked_batch, open_session
@@ -204,10 +207,11 @@ def _measure(
         step = start("turns", options.runs)
         for _ in range(options.runs):
             for worker, measured in zip(workers, found, strict=True):
-                measured.turns.append(_turn(worker, options, tokens, machine, gpu))
+                measured.turns.append(_turn(worker, options, tokens, gpu))
             step(1)
         clocks["after"] = machine.clocks()
         for worker, measured in zip(workers, found, strict=True):
+            measured.joules_per_token = _joules_per_token(worker, measured, tokens, machine.meter)
             measured.peak_host_bytes = worker.peak_bytes()
         return BenchReport(
             contenders=tuple(found),
@@ -296,15 +300,25 @@ def _loaded_package(
     return measured
 
 
-def _turn(worker: Worker, options: BenchOptions, tokens: np.ndarray, machine: Machine, gpu: int | None) -> Turn:
+def _turn(worker: Worker, options: BenchOptions, tokens: np.ndarray, gpu: int | None) -> Turn:
     bandwidth = read_bandwidth(options.threads or None, 1) if gpu is None else copy_bandwidth(gpu)
     time.sleep(REST)
     prefill = worker.prefill(tokens)["seconds"]
-    if machine.meter:
-        machine.meter.start()
-    latencies = worker.decode(options.tokens)
-    joules = machine.meter.stop() if machine.meter else None
-    return Turn(prefill, latencies, bandwidth, joules)
+    return Turn(prefill, worker.decode(options.tokens), bandwidth)
+
+
+def _joules_per_token(
+    worker: Worker, measured: Measured, tokens: np.ndarray, meter: EnergyMeter | None
+) -> float | None:
+    """Of steps after a prompt, as many as take the time that the meter needs, while the other processes are idle."""
+    if meter is None:
+        return None
+    count = math.ceil(meter.least / statistics.median(measured.latencies))
+    worker.prefill(tokens)
+    meter.start()
+    worker.decode(count)
+    joules = meter.stop()
+    return None if joules is None else joules / (len(tokens) * (WARM_STEPS + count))
 
 
 def check_json(path: Path) -> None:

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -194,6 +195,22 @@ def _import_package(contender: Contender) -> Any:
     return RWKV
 
 
+def _import_backend(backend: str) -> None:
+    """What a session imports; where something is missing, opening one says it better."""
+    modules = _MODULES.get(backend, _MODULES["onnxruntime"])
+    with contextlib.suppress(ImportError):
+        for module in modules:
+            import_module(module)
+
+
+_MODULES = {
+    "onnxruntime": ("rwkv_edge.runtime.onnxruntime", "onnxruntime"),
+    "cuda": ("rwkv_edge.runtime.cuda", "cuda.bindings.driver", "cuda.bindings.nvrtc"),
+    "tensorrt": ("rwkv_edge.runtime.tensorrt", "cuda.bindings.driver", "tensorrt"),
+    "tensorrt-rtx": ("rwkv_edge.runtime.tensorrt", "cuda.bindings.driver", "tensorrt_rtx"),
+}
+"""Backend → what it imports, in that order."""
+
 _RUNNERS: dict[str, Callable[[Contender], Runner]] = {"artifact": _SessionRunner, "rwkv": _PackageRunner}
 
 
@@ -208,7 +225,7 @@ class _Child:
         if contender.kind == "rwkv":
             _import_package(contender)  # which is not the model's load
         else:
-            import rwkv_edge.runtime.onnxruntime  # noqa: F401
+            _import_backend(contender.backend)
         before = _status_bytes("VmRSS")
         start = time.perf_counter()
         self._runner = _RUNNERS[contender.kind](contender)
@@ -282,6 +299,7 @@ def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
 def main() -> None:
     """The child: what is printed goes to standard error, since standard output carries the answers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    warnings.simplefilter("ignore")  # the parent opened the same session before, and said it
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the package prints all it does
     with contextlib.suppress(EOFError, BrokenPipeError):

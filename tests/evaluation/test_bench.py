@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jtop_double
 import numpy as np
 import psutil
 import pytest
@@ -23,10 +26,11 @@ from tiny import refusal, write_artifact
 from rwkv_edge.artifact import Artifact, file_entry, write_manifest
 from rwkv_edge.cli import run
 from rwkv_edge.errors import SessionError, VerificationError
+from rwkv_edge.evaluation.bench_jtop import JtopMeter
 from rwkv_edge.evaluation.bench_parity import Parity, self_consistency
 from rwkv_edge.evaluation.bench_report import BenchReport, Measured, Turn, percentile
 from rwkv_edge.evaluation.bench_run import BenchOptions, bench, bytes_per_step, gpu_of
-from rwkv_edge.evaluation.bench_worker import WARM_STEPS, Contender, Worker
+from rwkv_edge.evaluation.bench_worker import Contender, Worker
 from rwkv_edge.evaluation.describe import describe
 from rwkv_edge.runtime.session import open_session
 
@@ -245,9 +249,12 @@ def test_arithmetic() -> None:
     parity = Parity("self-consistency", 1, 1e-4, ())
 
     def measured(name: str, turns: list[Turn]) -> Measured:
-        return Measured(name, "here", "artifact", "fp32", "0" * 64, parity, 1.0, 0.5, 3, 1, None, 200_000_000, turns)
+        return Measured(
+            name, "here", "artifact", "fp32", "0" * 64, parity, 1.0, 0.5, 3, 1, None, 200_000_000, None, turns
+        )
 
-    a = measured("a", [Turn(0.5, [0.01, 0.03], 10.0, 7.0), Turn(0.25, [0.02, 0.02], 20.0, 14.0)])
+    a = measured("a", [Turn(0.5, [0.01, 0.03], 10.0), Turn(0.25, [0.02, 0.02], 20.0)])
+    a.joules_per_token = 1.25
     b = measured("b", [Turn(1.0, [0.02, 0.06]), Turn(1.0, [0.01, 0.01])])
     report = BenchReport((a, b), 100, 2, 4, {"cores": 2}, {"before": {}, "after": {}}, "NVML", "today")
     assert report.ratios() == {"prefill": pytest.approx(3), "decode": pytest.approx((2 + 0.5) / 2)}
@@ -256,11 +263,29 @@ def test_arithmetic() -> None:
     assert figures["decode_tokens_per_second"] == pytest.approx(4 * 2 / 0.04)
     assert figures["latency_ms"] == {"p50": 20, "p90": 30, "p99": 30}
     assert figures["share_of_bandwidth"] == pytest.approx((1 + 0.5) / 2)  # 0.2 GB in 20 ms is 10 GB/s
-    assert figures["joules_per_token"] == pytest.approx(10.5 / (4 * (2 + WARM_STEPS)))
-    assert "J per token (NVML)" in report.to_text()
+    assert figures["joules_per_token"] == 1.25
+    assert "1.25 J per token (NVML)" in report.to_text()
     assert "energy" not in report.to_text().split("b: fp32")[1]
     assert [percentile(range(1, 101), p) for p in (50, 90, 99, 100)] == [50, 90, 99, 100]
     assert percentile([3.0], 1) == 3
+
+
+def test_energy_is_that_of_steps_long_enough_for_the_meter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a meter of 100 W: the figure is the power times the time of a token, though a turn has only 5 steps."""
+    monkeypatch.setitem(sys.modules, "jtop", jtop_double.module({"rail": {}, "tot": {"name": "VIN", "power": 100_000}}))
+    monkeypatch.setattr(JtopMeter, "least", 1.0)
+    asked: list[int] = []
+    decode = Worker.decode
+    monkeypatch.setattr(Worker, "decode", lambda self, count: asked.append(count) or decode(self, count))
+    report = bench(folder / "one", options())
+    assert report.energy_source == "jtop, VIN"
+    assert (report.machine["power_mode"], report.machine["clocks_fixed"]) == ("15W", True)
+    (found,) = report.contenders
+    step = statistics.median(found.latencies)
+    assert asked == [1, 5, 5, math.ceil(1 / step)]
+    assert found.joules_per_token is not None
+    # What the question and the answer take counts too, and the machine may be busy.
+    assert 0.3 < found.joules_per_token / (100 * step) < 30
 
 
 def test_bytes_of_a_step(folder: Path) -> None:

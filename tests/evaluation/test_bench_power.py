@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jtop_double
 import pytest
 
 from rwkv_edge.evaluation import bench_machine
 from rwkv_edge.evaluation.bench_bandwidth import copy_bandwidth
+from rwkv_edge.evaluation.bench_jtop import JtopMeter, jtop_meter, line_from_jtop
 from rwkv_edge.evaluation.bench_machine import Machine, cpu_mhz, cpu_name, machine_facts, power_mode_from
 from rwkv_edge.evaluation.bench_nvml import Nvml, open_nvml
 from rwkv_edge.evaluation.bench_power import NvmlMeter, TegrastatsMeter, joules_between, tegra_line, tegrastats_meter
@@ -89,6 +92,62 @@ def test_a_running_tegrastats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert time.monotonic() < until
         time.sleep(0.01)
     machine.close()
+
+
+@pytest.mark.parametrize(
+    ("power", "rails", "watts"),
+    [
+        (jtop_double.ORIN_NX, ("VDD_IN",), 6.626),
+        (jtop_double.AGX_ORIN, ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"), 6.831),  # not VDDQ, which is behind VIN
+        (jtop_double.XAVIER, ("GPU", "CPU", "SOC"), 1.555),
+    ],
+)
+def test_jtop_of_boards(power: dict[str, Any], rails: tuple[str, ...], watts: float) -> None:
+    found = line_from_jtop(jtop_double.module(power).jtop())
+    assert found is not None
+    assert found.rails == rails
+    assert found.watts == pytest.approx(watts)
+    assert found.mhz == {"gpu": 918, "memory": 2133, "cpu": 1344}
+
+
+def test_jtop_that_tells_little() -> None:
+    jetson = jtop_double.module({}).jtop()
+    assert line_from_jtop(jetson) is None
+    jetson = jtop_double.module().jtop()
+    jetson.gpu, jetson.memory, jetson.cpu = {}, {}, {"cpu": [{"online": True}]}
+    found = line_from_jtop(jetson)
+    assert found is not None
+    assert found.mhz == {}
+
+
+def test_jtop_comes_before_tegrastats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jtop", jtop_double.module())
+    monkeypatch.setattr(bench_machine, "tegrastats_meter", lambda: pytest.fail("jtop is there"))
+    machine = Machine()
+    meter = machine.meter
+    assert isinstance(meter, JtopMeter)
+    meter.start()
+    start = time.perf_counter()
+    time.sleep(0.7)
+    joules = meter.stop()
+    seconds = time.perf_counter() - start
+    assert joules == pytest.approx(6.626 * seconds, rel=0.05)
+    assert meter.source == "jtop, VDD_IN"
+    facts = machine.facts()
+    assert (facts["power_mode"], facts["clocks_fixed"]) == ("15W", True)
+    clocks = machine.clocks()
+    assert (clocks["cpu"], clocks["gpu"], clocks["memory"]) == (1344, 918, 2133)
+    meter.start()
+    assert meter.stop() is None  # no sample came
+    machine.close()
+    assert not meter._jtop.is_alive()
+
+
+def test_a_service_of_jtop_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert jtop_meter("no_such_module") is None
+    broken = jtop_double.module(failure=jtop_double.JtopException("The jtop.service is not active."))
+    monkeypatch.setitem(sys.modules, "jtop", broken)
+    assert jtop_meter() is None
 
 
 class Library:
