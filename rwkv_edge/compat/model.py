@@ -15,7 +15,7 @@ import numpy as np
 
 from rwkv_edge.artifact import MANIFEST, Artifact
 from rwkv_edge.compat.store import stored_artifact
-from rwkv_edge.compat.strategy import Strategy, check_device, strategy_from_text
+from rwkv_edge.compat.strategy import Strategy, backend_for, strategy_from_text
 from rwkv_edge.compat.tensors import State, named_arrays, wrap_for
 from rwkv_edge.errors import ArtifactError, CheckpointError, InputError
 from rwkv_edge.hub import is_hub_path, local_checkpoint
@@ -47,7 +47,8 @@ class RWKV:
             model: a checkpoint, with or without '.pth', or hf://OWNER/NAME[/FILE] on the hub; or a folder, of Hugging
                 Face or of an exported artifact, which a device without torch needs.
             strategy: 'cpu fp32', 'cuda fp16', 'cuda:1 bf16', 'cuda fp16i8' (int8 weights)…; for an artifact, the
-                precision that it has.
+                precision that it has. On CUDA, ONNX Runtime's provider runs it; where there is none, our own kernels
+                run RWKV-7 on the first GPU.
             verbose: say on standard error when a checkpoint is exported.
             convert_and_save_and_exit: not taken.
             tensors: 'torch' or 'numpy', of what `forward` returns; torch where it is installed, by default.
@@ -56,16 +57,16 @@ class RWKV:
         Raises:
             InputError: a strategy that cannot be meant.
             CheckpointError: the file is not there, or is no model that can be exported.
-            SessionError: the device is not there.
+            SessionError: the device is not there, or nothing that runs the model on it.
             MissingDependencyError: what exports or runs the model is not installed.
         """
         if convert_and_save_and_exit is not None:
             raise InputError("convert_and_save_and_exit is not needed: models are exported to a cache on first use")
         self._wrap = wrap_for(tensors)
         plan = strategy_from_text(strategy)
-        check_device(plan)
+        backend = backend_for(plan)
         path = _found(str(model).strip())
-        self.session = _opened(path, plan, threads, verbose)
+        self.session = _opened(path, plan, backend, threads, verbose)
         spec = self.session.spec
         self.args = SimpleNamespace(
             MODEL_NAME=str(path), strategy_string=strategy, n_layer=spec.n_layer, n_embd=spec.n_embd,
@@ -135,13 +136,14 @@ def _found(name: str) -> Path:
     raise CheckpointError(f"there is neither {name} nor {name}.pth; the model is the path of a checkpoint")
 
 
-def _opened(path: Path, plan: Strategy, threads: int, verbose: bool) -> Session[Any]:
+def _opened(path: Path, plan: Strategy, backend: str, threads: int, verbose: bool) -> Session[Any]:
     def tell(line: str) -> None:
         if verbose and sys.stderr is not None:
             sys.stderr.write(f"rwkv-edge: {line}\n")
 
     def opened(folder: Path) -> Session[Any]:
-        return open_session(folder, providers=plan.providers, threads=threads)
+        providers = plan.providers if backend == "onnxruntime" else None
+        return open_session(folder, backend, providers, threads)
 
     if (path / MANIFEST).is_file():
         precision = Artifact.open(path).manifest.spec.precision

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 from rwkv_edge.errors import InputError, MissingDependencyError, SessionError
+from rwkv_edge.plugins.nvrtc import nvrtc_version
+from rwkv_edge.runtime.cuda_driver import device_capability
 
 CUDA = "CUDAExecutionProvider"
 _FORM = re.compile(r"(?P<device>[a-z]+)(?::(?P<number>\d+))? +(?P<precision>fp32|fp16|bf16)(?P<bits>i\d+)?")
@@ -60,20 +62,44 @@ def strategy_from_text(text: str) -> Strategy:
     return Strategy(found["device"], int(found["number"] or 0), found["precision"], found["bits"] == "i8")
 
 
-def check_device(strategy: Strategy) -> None:
-    """Whether the device is there, before a checkpoint is exported for it.
+def backend_for(strategy: Strategy) -> str:
+    """What runs the model, found out before a checkpoint is exported for it.
+
+    Returns:
+        'onnxruntime'; or 'cuda', our own kernels, for the first GPU where ONNX Runtime has no CUDA provider.
 
     Raises:
-        SessionError: ONNX Runtime has no CUDA provider here.
-        MissingDependencyError: ONNX Runtime is not installed.
+        SessionError: neither runs on the device.
+        MissingDependencyError: ONNX Runtime is not installed, for the CPU.
     """
+    available = _onnxruntime_providers()
+    if available is None and strategy.device == "cpu":
+        raise MissingDependencyError("onnxruntime", "ort", "running a model")
+    if strategy.device == "cpu" or CUDA in (available or ()):
+        return "onnxruntime"
+    if strategy.number == 0 and _has_kernels():
+        return "cuda"
+    here = ", ".join(available or ["none"])
+    raise SessionError(
+        f"'cuda {strategy.precision}' needs ONNX Runtime's {CUDA}, but here are only {here}; "
+        "use 'cpu fp32', or on a machine with an NVIDIA GPU: pip install 'rwkv-edge[ort-gpu]' in place of onnxruntime, "
+        "or for RWKV-7 on the first GPU: pip install 'rwkv-edge[cuda]'"
+    )
+
+
+def _onnxruntime_providers() -> list[str] | None:
     try:
         import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "ort", "running a model") from error
-    available = onnxruntime.get_available_providers()
-    if strategy.device == "cuda" and CUDA not in available:
-        raise SessionError(
-            f"'cuda {strategy.precision}' needs ONNX Runtime's {CUDA}, but here are only {', '.join(available)}; use "
-            "'cpu fp32', or on a machine with an NVIDIA GPU: pip install 'rwkv-edge[ort-gpu]' in place of onnxruntime"
-        )
+    except ImportError:
+        return None
+    found: list[str] = onnxruntime.get_available_providers()
+    return found
+
+
+def _has_kernels() -> bool:
+    """Whether there is a GPU, and what our own kernels are compiled and started with."""
+    try:
+        nvrtc_version()
+        return device_capability() is not None
+    except MissingDependencyError:
+        return False

@@ -8,13 +8,15 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cuda_double
 import numpy as np
 import pytest
 import torch
-from tiny import STEP_ONLY, write_checkpoint
+from tiny import SHAPE, STEP_ONLY, write_checkpoint
 
 from rwkv_edge.cli import run
 from rwkv_edge.compat import PIPELINE, PIPELINE_ARGS, RWKV
@@ -29,6 +31,8 @@ from rwkv_edge.errors import (
     StateError,
     TokenizerError,
 )
+from rwkv_edge.evaluation.synthetic import random_v7, save_pth
+from rwkv_edge.plugins.fused_spec import FusedKernel
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +196,31 @@ def test_a_gpu_that_is_not_there_is_said_before_the_export(folder: Path, cache: 
     assert not list(cache.glob("model-bf16-*"))
 
 
+@pytest.mark.parametrize("strategy", ["cuda fp32", "cuda fp32i8"])
+def test_own_kernels_where_onnxruntime_has_no_cuda(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With numpy in the kernels' place."""
+    import onnxruntime
+
+    save_pth(random_v7(replace(SHAPE, ranks=(16, 16, 16, 16))), tmp_path / "model.pth")
+    model = RWKV(str(tmp_path / "model"), "cpu fp32", verbose=False, threads=1)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("rwkv_edge.compat.strategy._has_kernels", lambda: True)
+    monkeypatch.setattr("rwkv_edge.runtime.cuda.Driver", cuda_double.Driver)
+    monkeypatch.setattr(FusedKernel, "ptx", cuda_double.described)
+    own = RWKV(str(tmp_path / "model"), strategy, verbose=False)
+    assert own.session.numerics.startswith("cuda kernels")
+    tolerance = 0.1 if strategy.endswith("i8") else 1e-4
+    expected = logits(model, [1, 2, 3])
+    np.testing.assert_allclose(logits(own, [1, 2, 3]), expected, atol=tolerance * np.abs(expected).max())
+    _, state = own.forward([1, 2], None)
+    once, again = logits(own, 3, state), logits(own, 3, state)
+    np.testing.assert_array_equal(once, again)  # a state is a value here too
+    with pytest.raises(SessionError, match=r"'rwkv-edge\[cuda\]'"):
+        RWKV(str(tmp_path / "model"), f"cuda:1 {strategy[5:]}")
+
+
 @pytest.mark.parametrize("strategy", ["cpu fp32i8", "cpu fp16i8"])
 def test_weights_in_8_bits(strategy: str, model: RWKV, folder: Path, cache: Path) -> None:
     small = RWKV(str(folder / "model"), strategy, verbose=False, threads=1)
@@ -204,14 +233,17 @@ def test_weights_in_8_bits(strategy: str, model: RWKV, folder: Path, cache: Path
 
 
 @pytest.mark.gpu
-def test_the_gpu_gives_what_the_cpu_gives(folder: Path) -> None:
+@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-2), ("fp32i8", 0.1), ("fp16i8", 0.1)])
+def test_the_gpu_gives_what_the_cpu_gives(form: str, tolerance: float, folder: Path) -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("ONNX Runtime has no CUDA provider here")
-    one, other = (RWKV(str(folder / "model"), f"{device} fp32", verbose=False) for device in ("cpu", "cuda"))
+    one, other = (RWKV(str(folder / "model"), strategy, verbose=False) for strategy in ("cpu fp32", f"cuda {form}"))
+    assert "CUDAExecutionProvider" in other.session.numerics
     state = one.forward([1, 2, 3], None)[1]
-    np.testing.assert_allclose(logits(other, [4, 5], list(state)), logits(one, [4, 5], state), atol=1e-3)
+    expected = logits(one, [4, 5], state)
+    np.testing.assert_allclose(logits(other, [4, 5], list(state)), expected, atol=tolerance * np.abs(expected).max())
     _, there = other.forward([1, 2, 3], None)
     first = logits(other, 4, there)
     np.testing.assert_array_equal(logits(other, 4, there), first)
