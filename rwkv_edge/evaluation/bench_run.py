@@ -248,7 +248,8 @@ def _contender(artifact: Artifact, options: BenchOptions) -> Contender:
 
 def _package(artifact: Artifact, options: BenchOptions, gpu: int | None) -> Contender:
     assert options.checkpoint
-    strategy = "cpu fp32" if gpu is None else f"cuda {artifact.manifest.spec.precision}"
+    device = f"cuda:{gpu}" if gpu else "cuda"
+    strategy = "cpu fp32" if gpu is None else f"{device} {artifact.manifest.spec.precision}"
     version = artifact.manifest.spec.version
     return Contender(PACKAGE, options.checkpoint, version, strategy, threads=options.threads)
 
@@ -292,7 +293,8 @@ def _loaded_package(
     workers: Sequence[Worker], artifact: Artifact, options: BenchOptions, tokens: np.ndarray, machine: Machine
 ) -> Measured:
     """The package, if it gives the logits that the artifact gives."""
-    tolerance = tolerance_of(artifact) if options.tolerance is None else options.tolerance
+    # Each of the two may be off by the tolerance, and in 16 bits each is.
+    tolerance = 2 * (tolerance_of(artifact) if options.tolerance is None else options.tolerance)
     none = Parity("artifact", tokens.shape[1], tolerance, ())
     measured, logits = _loaded(workers[-1], artifact, none, tokens, machine)
     expected = workers[0].prefill(tokens)["logits"]
