@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FUSED, ORT = "fused kernels", "ONNX Runtime"  # engines in step_gpu.json
+FUSED, ALBATROSS, ORT = "fused kernels", "Albatross v3a", "ONNX Runtime"  # engines in step_gpu.json
 
 Figures = Mapping[str, Any]
 Line = tuple[str, str]
@@ -87,18 +87,67 @@ def soak_demo(f: Figures) -> Iterator[Line]:
 
 
 def step_gpu(f: Figures) -> Iterator[Line]:
-    """Decode on a GPU, of engines whose parity was green."""
+    """Decode and prefill on a GPU, of engines whose parity was green."""
     for size, found in f.items():
-        engine = found.get(FUSED) if isinstance(found, dict) else None
-        if engine is None or engine["parity"] != "green":
+        for name, engine in _green(found) if isinstance(found, dict) else ():
+            if not name.startswith(FUSED):
+                continue
+            limit = engine.get("limit_s", found["limit_s"])
+            words = [f"{1 / engine['step_s']:.0f} tokens/s, {percent(limit / engine['step_s'])} of the memory's limit"]
+            green = dict(_green(found))
+            if ALBATROSS in green:
+                words.append(f"{green[ALBATROSS]['bare_s'] / engine['step_s']:.1f} x {ALBATROSS}")
+            if ORT in green:
+                ratio = green[ORT]["step_s"] / engine["step_s"]
+                words.append(f"{ratio:.1f} x ONNX Runtime's CUDA graph (time on the GPU alone)")
+            form = name.removeprefix(FUSED).strip() or "fp16"
+            yield f"decode, RWKV-7 {size} {form}, `--backend cuda`, {f['gpu']}", ", ".join(words)
+        if isinstance(found, dict):
+            yield from _against_albatross(size, dict(_green(found)))
+
+
+def _green(found: Figures) -> Iterator[tuple[str, Figures]]:
+    """The engines of a size whose parity was green."""
+    for name, engine in found.items():
+        if isinstance(engine, dict) and engine["parity"] == "green":
+            yield name, engine
+
+
+def _against_albatross(size: str, engines: Figures) -> Iterator[Line]:
+    """Many streams and a prompt, where both ran."""
+    if FUSED in engines and ALBATROSS in engines:
+        parts = []
+        for key in ("batch_tokens_per_second", "prefill_tokens_per_second"):
+            ours, theirs = engines[FUSED][key], engines[ALBATROSS][key]
+            parts.append(f"{ours:,.0f} tokens/s ({ours / theirs:.2f} x {ALBATROSS})")
+        yield f"64 streams, and a prompt of 512 tokens, {size} fp16", "; ".join(parts)
+
+
+def kernels_gpu(f: Figures) -> Iterator[Line]:
+    """Which bandwidth the kernels reach in the largest model."""
+    models = [name for name, kinds in f.items() if isinstance(kinds, dict) and name.endswith("fp16")]
+    for model in models[-1:]:
+        shares = {name: kind.get("alone_share_of_copy") for name, kind in f[model].items() if isinstance(kind, dict)}
+        words = ", ".join(f"{name} {percent(share)}" for name, share in shares.items() if share is not None)
+        yield f"bandwidth of the fused kernels over that of copies, {model}, {f['gpu']}", words
+
+
+def parity_gpu(f: Figures) -> Iterator[Line]:
+    """Logits and greedy text of trained models against the CPU, where every form was right."""
+    for model, forms in f.items():
+        if not isinstance(forms, dict) or any(found["parity"] != "green" for found in forms.values()):
             continue
-        words = (
-            f"{1 / engine['step_s']:.0f} tokens/s, {percent(found['limit_s'] / engine['step_s'])} of the memory's limit"
+        logits = {form: found for form, found in forms.items() if "relative_difference" in found}
+        worst = {
+            kind: max(found["relative_difference"] for form, found in logits.items() if kind in (form, form[5:7]))
+            for kind in ("fp32", "fp16", "W8", "W4")
+        }
+        yield (
+            f"{model} on {f['gpu']} against the CPU, {f['tokens']} tokens: largest difference of logits, relative",
+            f"{', '.join(f'{kind} {value:.1g}' for kind, value in worst.items())}; the same largest logit for at least "
+            f"{100 * min(found['top1'] for found in logits.values()):.1f} %; the same greedy text of "
+            f"{f['greedy_tokens']:,} tokens",
         )
-        other = found.get(ORT)
-        if other is not None and other["parity"] == "green":
-            words += f", {other['step_s'] / engine['step_s']:.1f} x ONNX Runtime's CUDA graph (time on the GPU alone)"
-        yield f"decode, RWKV-7 {size} fp16, `--backend cuda`, {f['gpu']}", words
 
 
 def wkv_gpu(f: Figures) -> Iterator[Line]:
@@ -122,6 +171,8 @@ LINES: Mapping[str, Callable[[Figures], Iterator[Line]]] = {
     "export": export,
     "demo_model": demo_model,
     "step_gpu": step_gpu,
+    "kernels_gpu": kernels_gpu,
+    "parity_gpu": parity_gpu,
     "wkv_gpu": wkv_gpu,
 }
 """Result file → its lines in README; files that are absent are left out."""

@@ -1,45 +1,58 @@
-"""What `step_gpu.py` times: a session on ONNX Runtime and one on the fused kernels, and the measures of each."""
+"""What `step_gpu.py` times: sessions on ONNX Runtime and on the fused kernels, Albatross, and the measures of each."""
 
 from __future__ import annotations
 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import albatross
 import numpy as np
 import torch
+from common import relative
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.runtime.cuda import CudaSession
+from rwkv_edge.runtime.cuda import CudaSession, CudaState
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.ort_device import DeviceState
+from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
 from rwkv_edge.runtime.session import Session, open_session
 
-ORT, FUSED = "ONNX Runtime", "fused kernels"
+ORT, FUSED, ALBATROSS = "ONNX Runtime", "fused kernels", "Albatross v3a"
 CALLS = 60  # whose median is one measure, where the host waits for each
-FED_BACK = 200  # steps of one measure of the fused kernels, where it does not
-PROMPT = 512
-NAMES_KEPT = 12  # kernels that a count names
+FED_BACK = 100  # steps of one measure, where it does not
+STREAMS, STREAM_STEPS = 64, 20  # of a batch
+PROMPT, PROMPTS = 512, 5
+SAMPLING = SamplerConfig(temperature=0.8, top_k=100, top_p=0.9, presence_penalty=0.4, frequency_penalty=0.4, seed=0)
+
+Measures = Mapping[str, Callable[[], float]]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An open session.
+    """A model that is ready to run.
 
     Attributes:
-        session: it.
+        fresh: the initial state of so many streams.
+        step: tokens [B] and a state → logits [B, V].
+        prefill: tokens [B, T] and a state → logits [B, V] of the last.
         measures: figures by name, each a function that returns seconds. 'step_s' is a step on the GPU alone, 'call_s'
-            one with its token and logits, 'plain_s' one without a CUDA graph.
-        once: the step of 'step_s' once, for a profiler.
+            one with its token and logits, 'plain_s' one without a CUDA graph, 'bare_s' one that chooses no token,
+            'sample_s' one whose token is drawn on the GPU by `SAMPLING`.
+        slow: those of which few turns are enough: 'batch_s', a step of `STREAMS`, and 'prefill_s', `PROMPT` tokens.
+        greedy: a token and a count → the tokens chosen on the GPU, each fed back.
     """
 
-    session: Session[Any]
-    measures: dict[str, Callable[[], float]]
-    once: Callable[[], object]
+    fresh: Callable[[int], Any]
+    step: Callable[[Any, Any], np.ndarray]
+    prefill: Callable[[Any, Any], np.ndarray]
+    measures: Measures
+    slow: Measures
+    greedy: Callable[[int, int], np.ndarray] | None = field(default=None)
 
 
 @contextlib.contextmanager
@@ -49,9 +62,11 @@ def onnxruntime_engine(artifact: Path, provider: str) -> Iterator[Engine]:
     plain = _opened(artifact, f"{provider}:enable_cuda_graph=0" if provider == "cuda" else provider)
     run, call, without = _runner(session), _caller(session), _runner(plain)
     yield Engine(
-        session,
+        session.initial_state,
+        session.step,
+        session.prefill,
         {"step_s": lambda: _seconds(run), "call_s": lambda: _seconds(call), "plain_s": lambda: _seconds(without)},
-        run,
+        {"prefill_s": lambda: _prompt_seconds(session)},
     )
     plain.close()
     session.close()
@@ -59,60 +74,82 @@ def onnxruntime_engine(artifact: Path, provider: str) -> Iterator[Engine]:
 
 @contextlib.contextmanager
 def fused_engine(artifact: Path) -> Iterator[Engine]:
-    """'step_s' is one of many in a row, each with the greedy choice of the one before it."""
+    """'step_s' is one of many in a row, each with the greedy choice of the one before it; so is 'batch_s'."""
     session = CudaSession(Artifact.open(artifact), check_content=False)
-    state, call = session.initial_state(), _caller(session)
+    state, streams, call = session.initial_state(), session.initial_state(STREAMS), _caller(session)
+    drawing = session.initial_state()
     yield Engine(
-        session,
-        {"step_s": lambda: session.step_seconds(state, FED_BACK), "call_s": lambda: _seconds(call)},
-        lambda: session.greedy([5], state, 1),
+        session.initial_state,
+        session.step,
+        session.prefill,
+        {
+            "step_s": lambda: session.step_seconds(state, FED_BACK),
+            "call_s": lambda: _seconds(call),
+            "sample_s": lambda: _sampled_seconds(session, drawing),
+        },
+        {
+            "batch_s": lambda: session.step_seconds(streams, STREAM_STEPS),
+            "prefill_s": lambda: _prompt_seconds(session),
+        },
+        lambda token, count: session.greedy([token], session.initial_state(), count)[0],
     )
     session.close()
 
 
-def logits_of(session: Session[Any], tokens: np.ndarray) -> np.ndarray:
-    """[T] → [T, V], token by token from the initial state."""
-    state = session.initial_state()
-    return np.concatenate([session.step([int(t)], state) for t in tokens])
+@contextlib.contextmanager
+def albatross_engine(folder: Path, checkpoint: Path) -> Iterator[Engine]:
+    """All by replays of CUDA graphs; 'bare_s', 'batch_s' and 'prefill_s' as in its own benchmark.
+
+    That starts from embedded tokens and ends with logits; 'step_s' has the embedding and the greedy choice as well.
+    """
+    module = albatross.imported(folder)
+    with albatross.loaded(module, checkpoint) as model:
+        bare, greedy = albatross.forward_replay(module, model, 1, 1), albatross.greedy_replay(model)
+        streams = albatross.forward_replay(module, model, STREAMS, 1)
+        prompt = albatross.forward_replay(module, model, 1, PROMPT)
+        yield Engine(
+            model.zero_state,
+            lambda tokens, state: albatross.logits_of(model, np.asarray(tokens)[:, None], state),
+            lambda tokens, state: albatross.logits_of(model, np.asarray(tokens), state),
+            {"step_s": lambda: greedy.seconds(FED_BACK), "bare_s": lambda: bare.seconds(FED_BACK)},
+            {"batch_s": lambda: streams.seconds(STREAM_STEPS), "prefill_s": lambda: prompt.seconds(PROMPTS)},
+        )
 
 
-def greedy_is_argmax(session: CudaSession, token: int, count: int) -> bool:
+@dataclass(frozen=True)
+class Expected:
+    """What the reference says: tokens [T, B] with logits [T, B, V], of one stream and of several."""
+
+    one: tuple[np.ndarray, np.ndarray]
+    streams: tuple[np.ndarray, np.ndarray]
+
+
+def differences(engine: Engine, expected: Expected) -> dict[str, float]:
+    """How far the engine is from the reference: by steps, as a prompt, and in a batch of `STREAMS`."""
+    tokens, logits = expected.one
+    found = {"steps": relative(stepped(engine, tokens), logits)}
+    found["prefill"] = relative(engine.prefill(tokens.T, engine.fresh(1)), logits[-1])
+    if "batch_s" in engine.slow:
+        found["batch"] = relative(stepped(engine, expected.streams[0]), expected.streams[1])
+    return found
+
+
+def stepped(engine: Engine, tokens: np.ndarray) -> np.ndarray:
+    """[T, B] → [T, B, V], token by token from the initial state."""
+    state = engine.fresh(tokens.shape[1])
+    return np.stack([engine.step(row, state) for row in tokens])
+
+
+def greedy_is_argmax(engine: Engine, token: int, count: int) -> bool:
     """Whether the choice that is fed back on the GPU is that of the logits, for some tokens."""
-    chosen = session.greedy([token], session.initial_state(), count)[0]
-    state = session.initial_state()
+    if engine.greedy is None:
+        return True
+    chosen, state = engine.greedy(token, count), engine.fresh(1)
     expected = []
     for _ in range(count):
-        token = int(session.step([token], state)[0].argmax())
+        token = int(engine.step([token], state)[0].argmax())
         expected.append(token)
     return bool((chosen == expected).all())
-
-
-def prefill_speed(session: Session[Any], runs: int) -> float:
-    """Tokens a second of a prompt."""
-    state, prompt = session.initial_state(), [[5] * PROMPT]
-    session.prefill(prompt, state)
-    found = []
-    for _ in range(min(runs, 3)):
-        start = time.perf_counter()
-        session.prefill(prompt, state)
-        found.append(time.perf_counter() - start)
-    return PROMPT / statistics.median(found)
-
-
-def kernels_of(call: Callable[[], object]) -> dict[str, Any]:
-    """Kernels that a call launches, without copies and fills: how many, their time, and those that take most of it."""
-    call()
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    events = [e for e in profile.key_averages() if e.self_device_time_total > 0 and not _is_transfer(e.key)]
-    events.sort(key=lambda e: -e.self_device_time_total)
-    return {
-        "count": sum(e.count for e in events),
-        "busy_s": sum(e.self_device_time_total for e in events) / 1e6,
-        "names": [(e.key[:120], e.count, round(e.self_device_time_total, 1)) for e in events[:NAMES_KEPT]],
-    }
 
 
 def used_memory() -> int:
@@ -140,6 +177,13 @@ def copy_bandwidth(runs: int) -> float:
     del source, target
     torch.cuda.empty_cache()
     return nbytes / statistics.median(found)
+
+
+def warmed(artifact: Path) -> None:
+    """Run everything once, so that what is compiled for it lies in the caches of kernels."""
+    with fused_engine(artifact) as engine:
+        for measure in (*engine.measures.values(), *engine.slow.values()):
+            measure()
 
 
 def _opened(artifact: Path, provider: str) -> OrtSession:
@@ -172,6 +216,25 @@ def _runner(session: OrtSession) -> Callable[[], object]:
     return run
 
 
+def _sampled_seconds(session: CudaSession, state: CudaState) -> float:
+    """Of one of many steps in a row, from the first token to the last one's way to the host."""
+    start = time.perf_counter()
+    session.sample([5], state, [Sampler(SAMPLING)], FED_BACK)
+    return (time.perf_counter() - start) / FED_BACK
+
+
+def _prompt_seconds(session: Session[Any]) -> float:
+    """Median of some prompts, from tokens to the last one's logits on the host."""
+    prompt = np.arange(PROMPT)[None] * 7919 % session.spec.vocab_size
+    found = []
+    for _ in range(PROMPTS):
+        state = session.initial_state()
+        start = time.perf_counter()
+        session.prefill(prompt, state)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
 def _seconds(call: Callable[[], object]) -> float:
     """Median of some calls, each of which waits for the GPU."""
     found = []
@@ -180,7 +243,3 @@ def _seconds(call: Callable[[], object]) -> float:
         call()
         found.append(time.perf_counter() - start)
     return statistics.median(found)
-
-
-def _is_transfer(name: str) -> bool:
-    return name.startswith(("Memcpy", "Memset"))
