@@ -30,6 +30,11 @@ _BLOCK = 256  # √65536: the block sums and one block cost the same
 _BISECTIONS = 20  # equal weights cannot be told apart, but then the sort is fast
 _SORTED_AT_ONCE = 2048  # sorting so many costs less than another bisection of them
 
+NOT_FINITE = (
+    "logits must be finite or -inf, but the model gave NaN or +inf; export it in a wider precision (bf16, fp32)"
+)
+NONE_LEFT = "no token has a finite logit after the bias and the penalties; ban fewer tokens in logit_bias"
+
 
 @dataclass(frozen=True)
 class SamplerConfig:
@@ -87,6 +92,23 @@ def _check_count(name: str, value: object) -> None:
         raise InputError(f"{name} must be a whole number of at least 0, not {value!r}")
 
 
+@dataclass(frozen=True, eq=False)
+class Past:
+    """The tokens that a sampler remembers; what a device needs to go on from there.
+
+    Attributes:
+        generated: tokens drawn, each once.
+        counts: their decayed counts, float64.
+        seen: those and the tokens of prompts.
+        uncounted: whose count stays 0.
+    """
+
+    generated: Ids
+    counts: NDArray[np.float64]
+    seen: Ids
+    uncounted: Ids
+
+
 class Sampler:
     """Draws tokens from logits by a `SamplerConfig` and remembers what it drew.
 
@@ -114,6 +136,7 @@ class Sampler:
         )  # [V] buffers: fresh ones cost page faults, 0.4 ms a token
         self._bias_ids = np.array(list(config.logit_bias), np.int64)
         self._bias = np.array(list(config.logit_bias.values()), np.float32)
+        self.changes = 0  # counts what `reset`, `observe` and `accept` do, for who draws ahead
         self.reset()
 
     def reset(self) -> None:
@@ -124,6 +147,7 @@ class Sampler:
         self._counts = np.empty(0, np.float64)
         self._seen: set[int] = set()
         self._seen_ids: Ids | None = None  # the set as an array, made when needed
+        self.changes = self.changes + 1
 
     def copy(self) -> Sampler:
         """A sampler that continues from here on its own, with the same history and random numbers."""
@@ -133,6 +157,7 @@ class Sampler:
         """Let the repetition penalty count ``tokens``, those of a prompt say, as seen."""
         self._seen.update(int(token) for token in tokens)
         self._seen_ids = None
+        self.changes += 1
 
     def sample(self, logits: np.ndarray) -> int:
         """The next token, which is also accepted into the history.
@@ -148,7 +173,7 @@ class Sampler:
             best = int(scores.argmax())
             peak = scores[best]
             if not np.isfinite(peak):
-                raise SessionError(_no_peak_message(np.asarray(logits)))
+                raise SessionError(NOT_FINITE if _is_unsound(logits) else NONE_LEFT)
             token = best if self.config.temperature == 0 else self._draw(np.subtract(scores, peak, out=scores))
         self.accept(token)
         return token
@@ -179,6 +204,30 @@ class Sampler:
         if token not in self._seen:
             self._seen.add(token)
             self._seen_ids = None
+        self.changes += 1
+
+    def past(self, vocab_size: int) -> Past:
+        """What it remembers, for a device that draws in its place.
+
+        Raises:
+            InputError: a token of the bias or history is not in [0, ``vocab_size``).
+        """
+        seen = np.fromiter(self._seen, np.int64)
+        for ids, where in ((self._bias_ids, "logit_bias"), (seen, "the history"), (self._generated, "the history")):
+            if len(ids):
+                self._check_ids(ids, vocab_size, where)
+        uncounted = np.fromiter((token for token in self._uncounted if 0 <= token < vocab_size), np.int64)
+        return Past(self._generated.copy(), self._counts.copy(), seen, uncounted)
+
+    def numbers(self) -> np.random.Generator:
+        """Its random generator's twin: ``1 - random()`` of it are the fractions of the tokens to come."""
+        return copy.deepcopy(self._rng)
+
+    def take(self, token: int) -> None:
+        """Accept a token that a device drew with the next of `numbers`."""
+        if self.config.temperature != 0:
+            self._rng.random()
+        self.accept(token)
 
     def _adjusted(self, logits: Floats) -> Floats:
         """Logits [V] after bias and penalties, in the sampler's buffer."""
@@ -355,12 +404,8 @@ def _weight_reaching(weights: Floats, target: float) -> np.float32:
     return np.float32(ordered[min(reached, len(ordered) - 1)])
 
 
-def _no_peak_message(logits: np.ndarray) -> str:
-    if np.isnan(logits).any() or np.isposinf(logits).any():
-        return (
-            "logits must be finite or -inf, but the model gave NaN or +inf; export it in a wider precision (bf16, fp32)"
-        )
-    return "no token has a finite logit after the bias and the penalties; ban fewer tokens in logit_bias"
+def _is_unsound(logits: np.ndarray) -> bool:
+    return bool(np.isnan(logits).any() or np.isposinf(logits).any())
 
 
 def uncounted_tokens(tokenizer: Tokenizer) -> frozenset[int]:
