@@ -235,7 +235,7 @@ def normed(x: np.ndarray, eps: float) -> np.ndarray:
 
 def residual(a: Arguments) -> np.ndarray:
     stream, parts = a.take(a.BATCH, a.WIDTH), a.take(a.PARTS, a.BATCH, a.WIDTH)
-    return stream + parts.sum(0)
+    return (stream + parts.sum(0)) * (0.5 if a.HALVE else 1.0)
 
 
 def embedded(a: Arguments) -> np.ndarray:
@@ -309,7 +309,9 @@ def wkv(a: Arguments) -> None:
 def project(a: Arguments) -> None:
     x, (matrix,) = a.take(a.BATCH, a.FROM), a.matrices((a.FROM, a.WIDTH))
     size = rounded_up(-(-a.FROM // a.SPLIT), a.BLOCK)
-    a.give(np.stack([x[:, i * size : (i + 1) * size] @ matrix[i * size : (i + 1) * size] for i in range(a.SPLIT)]))
+    shares = a.take(a.BATCH, a.WIDTH) if a.FACTOR else 1.0
+    slices = [slice(i * size, (i + 1) * size) for i in range(a.SPLIT)]
+    a.give(np.stack([x[:, rows] @ matrix[rows] * shares for rows in slices]))
     a.done()
 
 

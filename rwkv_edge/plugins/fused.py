@@ -1,21 +1,23 @@
-"""The fused kernels of RWKV-7, five a layer: what is compiled for a model, and in which order arguments go.
+"""The fused kernels of a model: what is compiled, in which order arguments go, and the order of launches.
 
 A kernel is compiled for the dimensions of one model, so that every loop is unrolled and its first loads are issued
-before the kernel ahead has ended. Letters of shapes: B streams, D width, A = H·N inner width, F hidden width.
+before the kernel ahead has ended. A version has a file of its own, `fused_v7` and so on; `fused_versions` lists them.
+Letters of shapes: B streams, D width, A = H·N inner width, F hidden width.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import ClassVar
 
 from rwkv_edge.errors import InputError
 from rwkv_edge.plugins.fused_spec import (
     COLUMNS,
     EMBEDDING,
     FROM_TOKENS,
-    MATRICES,
     MAX_BATCH,
     OWN_SHARED,
     SKEW,
@@ -31,10 +33,40 @@ from rwkv_edge.plugins.fused_spec import (
     ring_bytes,
     rounded_up,
 )
+from rwkv_edge.spec import ModelSpec
 
 
-class Kernels:
-    """The kernels of a model for one number of streams."""
+@dataclass(frozen=True)
+class Mixed:
+    """A product of `mix_in.cu`.
+
+    Attributes:
+        matrix: its name.
+        mix: coefficients of its input; None where that is the norm's output itself.
+        columns: of the matrix.
+        to: buffer that it is written to.
+        finish: what becomes of a sum: 'PLAIN', 'TANH', 'SIGMOID' or 'RELU_SQUARED'.
+    """
+
+    matrix: str
+    mix: str | None
+    columns: int
+    to: str
+    finish: str = "PLAIN"
+
+
+class Kernels(ABC):
+    """The kernels of a model for one number of streams.
+
+    Attributes:
+        from_before: the token-shift mix is x' + (x − x')·μ (RWKV-4 and 5) and not x + (x' − x)·μ, x' the state.
+        rows: what the rows of the stacked coefficients ``att.mix`` are called where kernels take them one by one.
+        int8_only: matrices that no artifact holds in int4.
+    """
+
+    from_before: ClassVar[bool] = False
+    rows: ClassVar[tuple[str, ...]] = ()
+    int8_only: ClassVar[tuple[str, ...]] = (EMBEDDING,)
 
     def __init__(
         self,
@@ -62,98 +94,65 @@ class Kernels:
             raise InputError(f"a chain of fused kernels carries 1 to {MAX_BATCH} streams; found {batch}")
         self.dimensions, self.batch, self.tuning, self.stored = dimensions, batch, tuning, dict(stored)
         self._halting, self._shared = halting, shared
-        columns = {"value": dimensions.width, "key": dimensions.hidden, "g1": dimensions.rank_g}
-        columns |= {"output": dimensions.width, "head": dimensions.vocabulary, EMBEDDING: dimensions.width}
+        columns = self.columns()
         for name, how in sorted(self.stored.items()):
-            part = name.rpartition(".")[2]
-            if part not in MATRICES[how.form]:
-                raise InputError(f"the fused kernels take {', '.join(MATRICES[how.form])} in {how.form}; found {name}")
-            own = dimensions.hidden if name.endswith("ffn.key") else dimensions.inner
-            wanted = dimensions.head_size if part == "g2" else own if part == "key" else columns.get(part, own)
-            if part != EMBEDDING and wanted % COLUMNS[how.form]:
+            part = ".".join(name.split(".")[-2:])
+            forms = ("int8",) if part in self.int8_only else tuple(COLUMNS)
+            if part not in columns or how.form not in forms:
+                known = sorted(n for n in columns if how.form == "int8" or n not in self.int8_only)
+                raise InputError(f"the fused kernels take {', '.join(known)} in {how.form}; found {name}")
+            if part != EMBEDDING and columns[part] % COLUMNS[how.form]:
                 raise InputError(
                     f"an {how.form} matrix of the fused kernels needs columns in multiples of {COLUMNS[how.form]}; "
-                    f"found {wanted} for {name}"
+                    f"found {columns[part]} for {name}"
                 )
 
-    def time_mix_in(self, layer: int) -> FusedKernel:
-        """Residual sum, norm, mixes, receptance, key, value, first halves of the LoRAs."""
-        d, choice = self.dimensions, self.tuning.time_mix_in
-        first, rank_v = layer == 0, d.rank_v if layer else 0
-        columns = [d.inner] * 3 + [d.rank_w, d.rank_a, d.rank_g, rank_v]
-        source = (*FROM_TOKENS,) if first else ("stream", "parts")
-        matrices = ("receptance", "key", "value", "w1", "a1", "g1", *(["v1"] if rank_v else []))
-        defines = {"EMBED": int(first), "EMBED_INT8": int(first and EMBEDDING in self.stored), "RANK_V": rank_v}
-        return self._kernel(
-            "v7_time_mix_in",
-            defines | self._ranks(),
-            choice,
-            self._products(f"blocks.{layer}.att.", matrices),
-            (*source, "shift", "ln.weight", "ln.bias", "mix", *matrices, *(f"{name}.scale" for name in matrices)),
-            ("stream", "shift", "r", "k", "v", "hw", "ha", "hg", *(["hv"] if rank_v else [])),
-            (sum(-(-n // choice.tile) for n in columns), 1, 1),
-            rows=d.width,
-            parts=0 if first else self.tuning.channel_mix_out.split,
-            halts=True,
-        )
+    @classmethod
+    def dimensions_of(cls, spec: ModelSpec) -> Dimensions:
+        """What the kernels of a model of this version depend on.
 
-    def wkv(self, layer: int) -> FusedKernel:
-        """Second halves of the LoRAs, the recurrence, group norm, bonus, gate."""
-        d, rank_v = self.dimensions, self.dimensions.rank_v if layer else 0
-        choice = replace(self.tuning.wkv, tile=d.head_size)
-        products = self._products(f"blocks.{layer}.att.", ("g2",))
-        gate = products.forms or {None}
-        ring = sum(ring_bytes(rank, choice, None, d.dtype, 1) for rank in (d.rank_w, d.rank_a, rank_v))
-        ring += max(ring_bytes(d.rank_g, choice, form, d.dtype, 1) for form in gate)
-        return self._kernel(
-            "v7_wkv",
-            {"RANK_V": rank_v, **self._ranks()},
-            choice,
-            products,
-            (
-                "r", "k", "v", "hw", "ha", "hg", *(["hv", "v_first"] if rank_v else []), "w2", "a2", "g2",
-                "g2.scale", *(["v2"] if rank_v else []), "w0", "a0", *(["v0"] if rank_v else []), "k_k", "k_a", "r_k",
-                "ln_x.weight", "ln_x.bias", "wkv",
-            ),
-            ("y", "wkv"),
-            (d.heads, self.batch, 1),
-            ring=ring,
-            batch=1,
-            halts=True,
+        Raises:
+            InputError: they cannot run it.
+        """
+        return cls._dimensions(spec, spec.n_head, spec.head_size)
+
+    @classmethod
+    def _dimensions(cls, spec: ModelSpec, heads: int, head_size: int) -> Dimensions:
+        return Dimensions(
+            spec.n_embd, spec.n_att, spec.n_ffn, heads, head_size, spec.vocab_size, 0, 0, 0, 0, spec.act_dtype,
+            layers=spec.n_layer, rescale=spec.rescale,
         )  # fmt: skip
 
-    def time_mix_out(self, layer: int) -> FusedKernel:
-        """Output, as partial sums for the residual stream."""
-        choice = self.tuning.time_mix_out
-        return self._project("y", f"blocks.{layer}.att.", "output", self.dimensions.inner, choice, skip=False)
+    @abstractmethod
+    def time_mix(self, layer: int) -> tuple[FusedKernel, ...]:
+        """The first half of a layer, in the order of launches."""
 
-    def channel_mix_in(self, layer: int) -> FusedKernel:
-        """Residual sum, norm, mix, key, relu²."""
-        d, choice = self.dimensions, self.tuning.channel_mix_in
-        return self._kernel(
-            "v7_channel_mix_in",
-            {"HIDDEN": d.hidden},
-            choice,
-            self._products(f"blocks.{layer}.ffn.", ("key",)),
-            ("stream", "parts", "shift", "ln.weight", "ln.bias", "mix", "key", "key.scale"),
-            ("stream", "shift", "hidden"),
-            (-(-d.hidden // choice.tile), 1, 1),
-            rows=d.width,
-            parts=self.tuning.time_mix_out.split,
-            halts=True,
-        )
+    @abstractmethod
+    def channel_mix(self, layer: int) -> tuple[FusedKernel, ...]:
+        """The second half."""
 
-    def channel_mix_out(self, layer: int) -> FusedKernel:
-        """Value, as partial sums for the residual stream."""
-        choice, skip = self.tuning.channel_mix_out, self.tuning.skip
-        return self._project("hidden", f"blocks.{layer}.ffn.", "value", self.dimensions.hidden, choice, skip)
+    def columns(self) -> Mapping[str, int]:
+        """What an artifact may hold in int8 or int4, with its columns that a block must divide."""
+        d = self.dimensions
+        found = {f"att.{name}": d.inner for name in ("receptance", "key", "value")}
+        found |= {"att.output": d.width, "ffn.key": d.hidden, "ffn.value": d.width}
+        return {**found, "head": d.vocabulary, EMBEDDING: d.width}
+
+    def buffers(self) -> dict[str, int]:
+        """What the kernels hand on, by name: how many floats for each stream."""
+        d, tuning = self.dimensions, self.tuning
+        split = max(tuning.time_mix_out.split, tuning.channel_mix_out.split)
+        return {
+            "stream.0": d.width, "stream.1": d.width, "parts": d.width * split, "y": d.inner, "hidden": d.hidden,
+            "best": self.head_blocks, "best_at": self.head_blocks,
+        }  # fmt: skip
 
     def head(self) -> FusedKernel:
         """Last norm and head: logits, and the largest of every block."""
         d, choice = self.dimensions, self.tuning.head
         return self._kernel(
             "head",
-            {"VOCABULARY": d.vocabulary},
+            {"VOCABULARY": d.vocabulary, "HALVE": self._halves(d.layers)},
             choice,
             self._products("", ("head",)),
             ("stream", "parts", "ln_out.weight", "ln_out.bias", "head", "head.scale"),
@@ -169,6 +168,13 @@ class Kernels:
         return self._kernel(
             "argmax", defines, Choice(8, ahead=1), Products(), ("best", "best_at"), ("tokens",), (self.batch, 1, 1)
         )
+
+    def of_step(self, layers: int) -> set[FusedKernel]:
+        """All that a step of so many layers launches."""
+        found = {self.head(), self.argmax()}
+        for layer in range(layers):
+            found |= {*self.time_mix(layer), *self.channel_mix(layer)}
+        return found
 
     @property
     def head_blocks(self) -> int:
@@ -188,28 +194,69 @@ class Kernels:
         forms = frozenset(None if how is None else how.form for how in found)
         return Products(masks["int8"], masks["int4"], blocks.pop() if blocks else 1, forms)
 
-    def _project(self, source: str, prefix: str, matrix: str, rows: int, choice: Choice, skip: bool) -> FusedKernel:
+    def _halves(self, layer: int) -> int:
+        """1 where the residual stream is halved before a layer, or before the head."""
+        every = self.dimensions.rescale
+        return int(every > 0 and layer > 0 and layer % every == 0)
+
+    def _mix_in(
+        self, layer: int, part: str, products: Sequence[Mixed], choice: Choice, normed: bool = False
+    ) -> FusedKernel:
+        """The kernel that begins a half of a layer: residual sum, norm, mixes, products; ``normed``: x is kept too."""
+        d, tuning, att = self.dimensions, self.tuning, part == "att"
+        first = att and layer == 0
+        matrices = tuple(p.matrix for p in products)
+        mixes = tuple(p.mix or str(products[0].mix) for p in products)
+        defines: dict[str, int | str] = {
+            "PRODUCTS": len(products), "PLAIN_INPUT": sum(1 << i for i, p in enumerate(products) if p.mix is None),
+            "EMBED": int(first), "EMBED_INT8": int(first and EMBEDDING in self.stored), "NORMED": int(normed),
+            "BEFORE": int(self.from_before), "HALVE": self._halves(layer) if att else 0,
+        }  # fmt: skip
+        for i, product in enumerate(products):
+            defines |= {f"COLUMNS_{i}": product.columns, f"FINISH_{i}": product.finish}
+        parts = tuning.channel_mix_out.split if att else tuning.time_mix_out.split
+        return self._kernel(
+            "mix_in",
+            defines,
+            choice,
+            self._products(f"blocks.{layer}.{part}.", matrices),
+            (
+                *(FROM_TOKENS if first else ("stream", "parts")), "shift", "ln.weight", "ln.bias", *mixes, *matrices,
+                *(f"{name}.scale" for name in matrices),
+            ),
+            ("stream", "shift", *(["normed"] if normed else []), *(p.to for p in products)),
+            (sum(-(-p.columns // choice.tile) for p in products), 1, 1),
+            rows=d.width,
+            parts=0 if first else parts,
+            halts=True,
+        )  # fmt: skip
+
+    def _output(self, layer: int) -> FusedKernel:
+        """Output of the time mix, as partial sums for the residual stream."""
+        choice = self.tuning.time_mix_out
+        return self._project("y", f"blocks.{layer}.att.", "output", self.dimensions.inner, choice, skip=False)
+
+    def _project(
+        self, source: str, prefix: str, matrix: str, rows: int, choice: Choice, skip: bool, factor: str = ""
+    ) -> FusedKernel:
+        """A matrix's partial sums for the residual stream, times the buffer ``factor``."""
         products = self._products(prefix, (matrix,))
         piece = rounded_up(-(-rows // choice.split), products.block)
         return self._kernel(
             "v7_project",
-            {"FROM": rows, "SPLIT": choice.split, "SKIP": int(skip and not products.int4)},
+            {"FROM": rows, "SPLIT": choice.split, "SKIP": int(skip and not products.int4), "FACTOR": int(bool(factor))},
             choice,
             products,
-            (source, matrix, f"{matrix}.scale"),
+            (source, matrix, f"{matrix}.scale", *([factor] if factor else [])),
             ("parts",),
             (-(-self.dimensions.width // choice.tile), choice.split, 1),
             rows=piece,
         )
 
-    def _ranks(self) -> dict[str, int]:
-        d = self.dimensions
-        return {"INNER": d.inner, "RANK_W": d.rank_w, "RANK_A": d.rank_a, "RANK_G": d.rank_g}
-
     def _kernel(
         self,
         source: str,
-        defines: Mapping[str, int],
+        defines: Mapping[str, int | str],
         choice: Choice,
         products: Products,
         inputs: tuple[str, ...],
@@ -234,7 +281,8 @@ class Kernels:
             "KERNEL": f"rwkv_{source}", "ACT": TYPES[d.dtype], "WEIGHT": TYPES[d.dtype], "HEAD": d.head_size,
             "THREADS": choice.threads, "BATCH": streams, "WIDTH": d.width, "TILE": choice.tile, "PARTS": parts,
             "AHEAD": choice.ahead, "RING": ring, "INT8": products.int8, "INT4": products.int4,
-            "BLOCK": products.block, "EAGER": int(self.tuning.eager), "HALT": int(halts), **defines,
+            "BLOCK": products.block, "EAGER": int(self.tuning.eager), "HALT": int(halts), "BEFORE": 0,
+            "HALVE": 0, **defines,
         }  # fmt: skip
         return FusedKernel(
             name=str(macros["KERNEL"]),

@@ -24,12 +24,7 @@ COLUMNS: Final[Mapping[str, int]] = {"int8": 16, "int4": 32}
 """Columns of a matrix are a multiple of this: its rows begin at 16 bytes."""
 
 EMBEDDING: Final = "emb"
-MATRICES: Final[Mapping[str, tuple[str, ...]]] = {
-    "int8": ("receptance", "key", "value", "output", "g1", "g2", "head", EMBEDDING),
-    "int4": ("receptance", "key", "value", "output", "head"),
-}
-"""What an artifact may hold in int8 and int4. The other LoRAs feed the state, and versions keep them in float."""
-
+RANKS: Final = ("rank_w", "rank_a", "rank_g", "rank_v", "rank_mix", "rank_deep")
 TYPES: Final[Mapping[str, str]] = {"float32": "Float", "float16": "Half", "bfloat16": "Brain"}
 """Names of `rwkv_edge.plugins.kernels` for dtypes."""
 
@@ -50,14 +45,18 @@ class Dimensions:
         width: D.
         inner: A.
         hidden: F.
-        heads: H.
-        head_size: N.
+        heads: H; 0 in RWKV-4, whose channels are each on their own.
+        head_size: N; 0 without heads.
         vocabulary: V.
-        rank_w: of the decay's LoRA, as for the rates a, the gate g and the value residual v.
-        rank_a: see ``rank_w``.
-        rank_g: see ``rank_w``.
-        rank_v: see ``rank_w``; 0 in a model of one layer.
+        rank_w: of the decay's LoRA in RWKV-6 and 7; as all ranks, 0 where there is none.
+        rank_a: of the rates' LoRA in RWKV-7.
+        rank_g: of the gate's LoRA in RWKV-7.
+        rank_v: of the value residual's LoRA in RWKV-7.
         dtype: of matrices, small vectors and token-shift states.
+        rank_mix: of each of RWKV-6's token-shift mixes.
+        rank_deep: of 7a's DeepEmbed.
+        layers: of the model.
+        rescale: layers after which the residual stream is halved, 0 for never.
     """
 
     width: int
@@ -71,16 +70,20 @@ class Dimensions:
     rank_g: int
     rank_v: int
     dtype: str
+    rank_mix: int = 0
+    rank_deep: int = 0
+    layers: int = 0
+    rescale: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in TYPES:
             raise InputError(f"the fused kernels take {', '.join(TYPES)}; found {self.dtype!r}")
         sizes = {name: getattr(self, name) for name in ("width", "inner", "hidden", "head_size", "vocabulary")}
-        sizes |= {name: getattr(self, name) for name in ("rank_w", "rank_a", "rank_g", "rank_v")}
+        sizes |= {name: getattr(self, name) for name in RANKS}
         for name, size in sizes.items():
             if size % ALIGNMENT:
                 raise InputError(f"the fused kernels need a {name} that is a multiple of {ALIGNMENT}; found {size}")
-        if self.head_size > 128 or self.heads * self.head_size != self.inner:
+        if self.heads and (self.head_size > 128 or self.heads * self.head_size != self.inner):
             raise InputError(
                 f"the fused kernels need heads of at most 128 channels that fill the inner width; found {self.heads} "
                 f"of {self.head_size} for {self.inner}"

@@ -14,7 +14,7 @@ from typing import Any
 from rwkv_edge.errors import ExportError, MissingDependencyError
 
 CACHE_VARIABLE = "RWKV_EDGE_CACHE"
-HEADERS = ("common.cuh", "fused.cuh")
+HEADERS = ("common.cuh", "fused.cuh", "products.cuh", "heads.cuh")
 OPTIONS = ("--std=c++17",)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import InputError, SessionError
-from rwkv_edge.plugins.fused import Kernels
 from rwkv_edge.plugins.fused_spec import MAX_BATCH, Choice, Dimensions, Tuning
+from rwkv_edge.plugins.fused_versions import KERNELS
 from rwkv_edge.runtime.cuda_chain import Chain, Give, Outputs, StatePlaces, row_bytes, state_layout
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
 from rwkv_edge.runtime.cuda_weights import INDEX_FILE, WEIGHTS_FILE, check_scheme, load_weights
@@ -27,8 +27,7 @@ from rwkv_edge.runtime.session import (
 )
 from rwkv_edge.spec import ModelSpec, numpy_dtype
 
-VERSIONS = ("7",)
-WIDE, WIDER = 2048, 2560  # widths D from which a model counts as large
+WIDE = 2048  # widths D from which a model counts as large
 SMALL = Tuning(
     time_mix_in=Choice(32), time_mix_out=Choice(32, 2), channel_mix_in=Choice(32), channel_mix_out=Choice(32, 4),
     head=Choice(128), skip=False,
@@ -45,15 +44,11 @@ def dimensions_of(spec: ModelSpec) -> Dimensions:
     Raises:
         SessionError: they do not run this model; the message says why.
     """
-    if spec.version not in VERSIONS or spec.rescale:
-        what = f"RWKV-{spec.version}" + (", rescaled" if spec.rescale else "")
-        raise SessionError(f"the backend 'cuda' runs RWKV-{' and '.join(VERSIONS)}, not {what}; use another backend")
-    extra = spec.extra
+    if spec.version not in KERNELS:
+        known = ", ".join(KERNELS)
+        raise SessionError(f"the backend 'cuda' runs RWKV-{known}, not RWKV-{spec.version}; use another backend")
     try:
-        return Dimensions(
-            spec.n_embd, spec.n_att, spec.n_ffn, spec.n_head, spec.head_size, spec.vocab_size, extra["rank_w"],
-            extra["rank_a"], extra["rank_g"], extra.get("rank_v", 0), spec.act_dtype,
-        )  # fmt: skip
+        return KERNELS[spec.version].dimensions_of(spec)
     except InputError as error:
         raise SessionError(f"the backend 'cuda' cannot run this model: {error}; use another backend") from error
 
@@ -96,7 +91,9 @@ class CudaState:
             )
             for side in (0, 1)
         ]
-        return StatePlaces(tuple(self.address(f"wkv.{i}", 0, row) for i in layers), (shifts[0], shifts[1]))
+        parts = [(name, *name.rsplit(".", 1)) for name in self.single]
+        single = tuple({part: self.address(name, 0, row) for name, part, i in parts if i == str(n)} for n in layers)
+        return StatePlaces(single, (shifts[0], shifts[1]))
 
     def outputs(self, row: int) -> Outputs:
         """Tokens, logits and flags of the streams from ``row`` on."""
@@ -290,7 +287,7 @@ class CudaSession:
     def _chain(self, batch: int) -> Chain:
         if batch not in self._chains:
             stored, shared = self._weights.stored, self._driver.block_shared
-            kernels = Kernels(self._dimensions, batch, self._tuning, stored, shared=shared)
+            kernels = KERNELS[self.spec.version](self._dimensions, batch, self._tuning, stored, shared=shared)
             self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights.address)
         return self._chains[batch]
 

@@ -1,8 +1,8 @@
-"""One step of RWKV-7 as a chain of fused kernels: buffers, the arguments of every launch, and its CUDA graphs.
+"""One step of a model as a chain of fused kernels: buffers, the arguments of every launch, and its CUDA graphs.
 
-Per layer: time_mix_in, wkv, time_mix_out, channel_mix_in, channel_mix_out; then the head and the greedy choice. The
-residual stream is kept as a sum that is still open: the stream itself and the partial sums of the matrix before, which
-the next kernel adds. Reference: `rwkv_edge.models.v7`.
+Per layer the kernels of the time mix and of the channel mix (`rwkv_edge.plugins.fused_versions`); then the head and the
+greedy choice. The residual stream is kept as a sum that is still open: the stream itself and the partial sums of the
+matrix before, which the next kernel adds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rwkv_edge.spec import ITEM_SIZE, ModelSpec
 
 FLOAT = 4  # bytes
 
+Part = Literal["att", "ffn"]
 Give = Literal["state", "logits", "choice"]
 """What a step computes: the new state alone, the logits too, or also the greedy choice, which is the next token."""
 
@@ -28,11 +29,11 @@ Give = Literal["state", "logits", "choice"]
 class StatePlaces:
     """Device addresses of the rows of a state that one chain advances.
 
-    ``wkv`` by layer, updated in place; ``shifts`` by side and layer, (time mix, channel mix): a step reads one side and
-    writes the other.
+    ``single`` by layer and name without the layer ('wkv'), updated in place; ``shifts`` by side and layer, (time mix,
+    channel mix): a step reads one side and writes the other.
     """
 
-    wkv: tuple[int, ...]
+    single: tuple[Mapping[str, int], ...]
     shifts: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
 
 
@@ -93,17 +94,9 @@ class Chain:
         """
         self._driver, self._spec, self._kernels, self._weights = driver, spec, kernels, weights
         self._functions: dict[FusedKernel, Any] = {}
-        d, batch, tuning = kernels.dimensions, kernels.batch, kernels.tuning
         self._buffers = Buffers(driver)
-        sizes = {
-            "stream.0": d.width, "stream.1": d.width, "r": d.inner, "k": d.inner, "v": d.inner, "v_first": d.inner,
-            "hw": d.rank_w, "ha": d.rank_a, "hg": d.rank_g, "hv": d.rank_v, "y": d.inner, "hidden": d.hidden,
-            "parts": d.width * max(tuning.time_mix_out.split, tuning.channel_mix_out.split),
-            "best": kernels.head_blocks,
-            "best_at": kernels.head_blocks,
-        }  # fmt: skip
-        for name, floats in sizes.items():
-            self._buffers.add(name, floats * batch)
+        for name, floats in kernels.buffers().items():
+            self._buffers.add(name, floats * kernels.batch)
 
     def launches(self, state: StatePlaces, side: int, outputs: Outputs, give: Give) -> list[Launch]:
         """All kernels of one step in order.
@@ -116,8 +109,8 @@ class Chain:
         """
         found: list[Launch] = []
         for layer in range(self._spec.n_layer):
-            found += self._time_mix(layer, state, side, outputs)
-            found += self._channel_mix(layer, state, side, outputs)
+            found += self._half(layer, "att", state, side, outputs)
+            found += self._half(layer, "ffn", state, side, outputs)
         if give != "state":
             buffers = self._buffers.by_name
             places = {**buffers, "stream": buffers["stream.0"], "logits": outputs.logits}
@@ -144,39 +137,27 @@ class Chain:
         """Give the buffers back."""
         self._buffers.close()
 
-    def _time_mix(self, layer: int, state: StatePlaces, side: int, outputs: Outputs) -> list[Launch]:
-        kernels, buffers = self._kernels, self._buffers.by_name
-        att = self._named(f"blocks.{layer}.att.") | self._norm(f"blocks.{layer}.ln1")
-        value = "v_first" if layer == 0 else "v"
+    def _half(self, layer: int, part: Part, state: StatePlaces, side: int, outputs: Outputs) -> list[Launch]:
+        """A half of a layer. Weights and buffers share no name: the checkpoint's are called value, key, receptance."""
+        buffers, second = self._buffers.by_name, part == "ffn"
+        shared = {**buffers, **state.single[layer]}
         inputs = {
-            **buffers, **att, "tokens": outputs.tokens, "emb": self._weights["emb"],
-            "emb.scale": self._weights["emb.scale"], "stream": buffers["stream.0"], "halted": outputs.halted,
-            "shift": state.shifts[side][layer][0], "v": buffers[value], "wkv": state.wkv[layer],
+            **shared, **self._named(f"blocks.{layer}.{part}."), **self._norm(f"blocks.{layer}.ln{1 + second}"),
+            "tokens": outputs.tokens, "emb": self._weights["emb"], "emb.scale": self._weights["emb.scale"],
+            "halted": outputs.halted, "stream": buffers[f"stream.{int(second)}"],
+            "shift": state.shifts[side][layer][second],
         }  # fmt: skip
-        # weights and buffers share no name but v, k, r: those of the checkpoint are called value, key, receptance
-        first = {**buffers, "stream": buffers["stream.1"], "shift": state.shifts[1 - side][layer][0]}
-        first["v"] = buffers[value]
-        second = {"y": buffers["y"], "wkv": state.wkv[layer]}
-        return [
-            self._launch(kernels.time_mix_in(layer), inputs, first),
-            self._launch(kernels.wkv(layer), inputs, second),
-            self._launch(kernels.time_mix_out(layer), inputs, buffers),
-        ]
-
-    def _channel_mix(self, layer: int, state: StatePlaces, side: int, outputs: Outputs) -> list[Launch]:
-        kernels, buffers = self._kernels, self._buffers.by_name
-        ffn = self._named(f"blocks.{layer}.ffn.") | self._norm(f"blocks.{layer}.ln2")
-        inputs = {**buffers, **ffn, "stream": buffers["stream.1"], "shift": state.shifts[side][layer][1]}
-        inputs["halted"] = outputs.halted
-        given = {**buffers, "stream": buffers["stream.0"], "shift": state.shifts[1 - side][layer][1]}
-        return [
-            self._launch(kernels.channel_mix_in(layer), inputs, given),
-            self._launch(kernels.channel_mix_out(layer), inputs, given),
-        ]
+        given = {**shared, "stream": buffers[f"stream.{1 - second}"], "shift": state.shifts[1 - side][layer][second]}
+        kernels = self._kernels.channel_mix(layer) if second else self._kernels.time_mix(layer)
+        return [self._launch(kernel, inputs, given) for kernel in kernels]
 
     def _named(self, prefix: str) -> dict[str, int]:
-        """Weights of a part of a layer by what follows ``prefix``."""
-        return {n.removeprefix(prefix): address for n, address in self._weights.items() if n.startswith(prefix)}
+        """Weights of a part of a layer by what follows ``prefix``; rows of stacked coefficients by their own names."""
+        found = {n.removeprefix(prefix): address for n, address in self._weights.items() if n.startswith(prefix)}
+        row = self._kernels.dimensions.width * ITEM_SIZE[self._spec.act_dtype]
+        if "mix" in found:
+            found |= {name: found["mix"] + i * row for i, name in enumerate(self._kernels.rows)}
+        return found
 
     def _norm(self, name: str) -> dict[str, int]:
         return {f"ln.{part}": self._weights[f"{name}.{part}"] for part in ("weight", "bias")}

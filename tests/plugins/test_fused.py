@@ -9,8 +9,8 @@ import pytest
 
 from rwkv_edge.errors import InputError
 from rwkv_edge.plugins import nvrtc
-from rwkv_edge.plugins.fused import Kernels
 from rwkv_edge.plugins.fused_spec import Choice, Dimensions, FusedKernel, Stored, Tuning
+from rwkv_edge.plugins.fused_v7 import Kernels7
 from rwkv_edge.runtime.cuda import LARGE, SMALL
 
 ORIN, HOPPER = 87, 90
@@ -19,7 +19,7 @@ SMALLEST = Dimensions(768, 768, 3072, 12, 64, 65536, 64, 64, 128, 32, "float16")
 LARGER = Dimensions(2048, 2048, 8192, 32, 64, 65536, 96, 96, 256, 64, "float16")
 
 
-def all_of(kernels: Kernels) -> list[FusedKernel]:
+def all_of(kernels: Kernels7) -> list[FusedKernel]:
     return [
         *(kernels.time_mix_in(layer) for layer in (0, 1)),
         *(kernels.wkv(layer) for layer in (0, 1)),
@@ -46,7 +46,7 @@ def test_all_compile(capability: int, form: str, nvrtc_architectures: tuple[int,
     if capability not in nvrtc_architectures:
         pytest.skip(f"this NVRTC does not know compute_{capability}")
     dimensions = replace(SMALLEST, width=128, inner=128, heads=2, hidden=512, vocabulary=256)
-    kernels = Kernels(dimensions, 1, SMALL, {} if form == "float" else quantized(form))
+    kernels = Kernels7(dimensions, 1, SMALL, {} if form == "float" else quantized(form))
     for kernel in all_of(kernels):
         assert f".target sm_{capability}" in kernel.ptx(capability)
 
@@ -68,7 +68,7 @@ def test_registers_do_not_spill(
 ) -> None:
     """What ptxas inside NVRTC reports: two words at most, by which it reaches a round number of registers."""
     stored = {} if form == "float" else quantized(form)
-    for kernel in all_of(Kernels(dimensions, batch, tuning, stored, shared=MOST_SHARED)):
+    for kernel in all_of(Kernels7(dimensions, batch, tuning, stored, shared=MOST_SHARED)):
         options = [*nvrtc.OPTIONS, *(f"-D{name}={value}" for name, value in kernel.defines)]
         for capability in (ORIN, HOPPER):
             if capability not in nvrtc_architectures:
@@ -82,7 +82,7 @@ def test_registers_do_not_spill(
 
 
 def test_programmatic_launch_only_where_it_exists(nvrtc_architectures: tuple[int, ...]) -> None:
-    kernel = Kernels(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512), 1, SMALL).channel_mix_in(0)
+    kernel = Kernels7(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512), 1, SMALL).channel_mix_in(0)
     for capability, has in ((80, False), (90, True)):
         if capability in nvrtc_architectures:
             assert ("griddepcontrol" in kernel.ptx(capability)) == has
@@ -106,17 +106,17 @@ def test_dimensions_are_checked(wrong: dict[str, object], sentence: str) -> None
 @pytest.mark.parametrize("batch", [0, 9])
 def test_batches_are_checked(batch: int) -> None:
     with pytest.raises(InputError, match="1 to 8 streams"):
-        Kernels(SMALLEST, batch, SMALL)
+        Kernels7(SMALLEST, batch, SMALL)
 
 
 @pytest.mark.parametrize("tile", [12, 512])
 def test_tiles_are_checked(tile: int) -> None:
     with pytest.raises(InputError, match="a power of two from 8 to 256 columns"):
-        Kernels(SMALLEST, 1, replace(SMALL, head=Choice(tile))).head()
+        Kernels7(SMALLEST, 1, replace(SMALL, head=Choice(tile))).head()
 
 
 def test_one_kernel_serves_all_layers_but_the_first() -> None:
-    kernels = Kernels(SMALLEST, 1, SMALL)
+    kernels = Kernels7(SMALLEST, 1, SMALL)
     assert kernels.time_mix_in(1) == kernels.time_mix_in(7) != kernels.time_mix_in(0)
     assert "v1" not in kernels.time_mix_in(0).inputs
     assert "v_first" in kernels.wkv(3).inputs

@@ -20,7 +20,7 @@ from rwkv_edge.calibration.quantize import QuantizeOptions, quantize_artifact
 from rwkv_edge.calibration.schemes import SchemeOptions
 from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.errors import ArtifactError, SessionError
-from rwkv_edge.evaluation.synthetic import Shape, Shape7, random_v6, random_v7, save_pth
+from rwkv_edge.evaluation.synthetic import Shape7, random_v7, save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
 from rwkv_edge.plugins.fused_spec import COLUMNS, FusedKernel
 from rwkv_edge.runtime.cuda import CudaSession
@@ -230,13 +230,6 @@ def test_memory_is_given_back(tmp_path: Path, numpy_gpu: None) -> None:
     state = session.initial_state()
     session.close()
     del state
-
-
-def test_other_versions_are_refused(tmp_path: Path, numpy_gpu: None) -> None:
-    checkpoint = save_pth(random_v6(Shape(2, 64)), tmp_path / "six.pth")
-    export_checkpoint(open_checkpoint(checkpoint), tmp_path / "six", ExportOptions(chunks=(), tokenizer="none"))
-    with pytest.raises(SessionError, match=r"runs RWKV-7, not RWKV-6; use another backend"):
-        open_session(tmp_path / "six", backend="cuda")
 
 
 def test_odd_widths_are_refused(tmp_path: Path, numpy_gpu: None) -> None:

@@ -17,6 +17,8 @@
 //   AHEAD    loads of a thread that are in flight at once
 //   RING     bytes of shared memory for them; a kernel's inputs lie behind
 //   EAGER    1: the next kernel is let in at once, else when the wait for the one before has ended
+//   HALVE    1: the residual stream is halved when it is summed
+//   BEFORE   1: a token-shift mix is before + (x - before)*mix, else x + (before - x)*mix
 //   HALT     1: streams may be halted. Their state stays as it is: matrices are not written, token shifts are copied.
 #pragma once
 #include "common.cuh"
@@ -462,6 +464,9 @@ struct Stream {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) x[b][q][e] += added[e];
                 }
+                if (HALVE)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) x[b][q][e] *= 0.5f;
             }
     }
     // Rows of the embedding; in int8 each has a scale.
@@ -524,13 +529,16 @@ struct Stream {
                 for (int e = 0; e < 4; ++e) x[b][q][e] = (x[b][q][e] - mean[b]) * inverse[b] * scale[e] + shift[e];
         }
     }
-    // to[b][d] = x + (before - x) * mix; the new token-shift state is x
+    // to[b][d] = x + (before - x)*mix, or the other way round; the new token-shift state is x
     __device__ __forceinline__ void shift(float* to, const Rows& before, const Vector& mix) const {
 #pragma unroll
         for (int q = 0; q < QUADS; ++q) {
             if (place(q) >= WIDTH) continue;
             float share[4];
             widen4(share, mix.quad[q]);
+            if (BEFORE)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) share[e] = 1.0f - share[e];
 #pragma unroll
             for (int b = 0; b < BATCH; ++b) {
                 float old[4], mixed[4];

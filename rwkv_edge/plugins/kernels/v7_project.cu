@@ -1,8 +1,8 @@
-// RWKV-7, third and fifth of five kernels of a layer: output and value, [B, FROM] x [FROM, WIDTH]. The rows of the matrix
-// are split over SPLIT blocks, whose sums the next kernel adds to the residual stream: parts[SPLIT, B, WIDTH].
+// The kernel that ends a half of a layer: output and value, [B, FROM] x [FROM, WIDTH]. The rows of the matrix are split
+// over SPLIT blocks, whose sums the next kernel adds to the residual stream: parts[SPLIT, B, WIDTH].
 //
 // Further parameters: FROM (K), SPLIT, SKIP (1: rows whose input is zero in all streams are not read, but for those that
-// are on their way already; relu^2 leaves many). SKIP is not for int4.
+// are on their way already; relu^2 leaves many). SKIP is not for int4. FACTOR (1: sums are multiplied by shares [B, WIDTH]).
 // Grid (blocks of columns, SPLIT).
 #include "fused.cuh"
 
@@ -91,7 +91,11 @@ __device__ __forceinline__ void add_listed(
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
-    const float* input, const Matrix* __restrict__ matrix, const Act* __restrict__ scale, float* parts) {
+    const float* input, const Matrix* __restrict__ matrix, const Act* __restrict__ scale,
+#if FACTOR
+    const float* shares,
+#endif
+    float* parts) {
     extern __shared__ __align__(16) unsigned char shared[];
     float* inputs = reinterpret_cast<float*>(shared + RING);  // [BATCH, SLICE_PITCH]
     __shared__ float scratch[WARPS * BATCH * TILE];
@@ -120,6 +124,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     warp_sums<Turns::SPAN>(sums, scratch + threadIdx.x / 32 * pitch, TILE);
     __syncthreads();
     for (int at = threadIdx.x; at < pitch; at += THREADS) {
-        if (own < WIDTH) parts[(blockIdx.y * BATCH + at / TILE) * WIDTH + own] = over_warps(scratch, pitch, at) * factor;
+        if (own >= WIDTH) continue;
+        float sum = over_warps(scratch, pitch, at) * factor;
+#if FACTOR
+        sum *= shares[at / TILE * WIDTH + own];
+#endif
+        parts[(blockIdx.y * BATCH + at / TILE) * WIDTH + own] = sum;
     }
 }
