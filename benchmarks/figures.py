@@ -137,15 +137,14 @@ def parity_gpu(f: Figures) -> Iterator[Line]:
     for model, forms in f.items():
         if not isinstance(forms, dict) or any(found["parity"] != "green" for found in forms.values()):
             continue
-        logits = {form: found for form, found in forms.items() if "relative_difference" in found}
         worst = {
-            kind: max(found["relative_difference"] for form, found in logits.items() if kind in (form, form[5:7]))
+            kind: max(found["relative_difference"] for form, found in forms.items() if kind in (form, form[5:7]))
             for kind in ("fp32", "fp16", "W8", "W4")
         }
         yield (
             f"{model} on {f['gpu']} against the CPU, {f['tokens']} tokens: largest difference of logits, relative",
             f"{', '.join(f'{kind} {value:.1g}' for kind, value in worst.items())}; the same largest logit for at least "
-            f"{100 * min(found['top1'] for found in logits.values()):.1f} %; the same greedy text of "
+            f"{100 * min(found['top1'] for found in forms.values()):.1f} %; the same greedy text of "
             f"{f['greedy_tokens']:,} tokens",
         )
 

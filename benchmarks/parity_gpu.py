@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,8 +26,10 @@ from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.errors import SessionError
 from rwkv_edge.evaluation.demo import DEMO_CHECKPOINT, DEMO_PROMPT
 from rwkv_edge.evaluation.parity import SAMPLE_TEXT
+from rwkv_edge.evaluation.roofline import usable_cores
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
 from rwkv_edge.runtime.cuda import CudaSession
+from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.runtime.loop import generate_text
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
@@ -33,14 +37,15 @@ from rwkv_edge.runtime.session import Session
 from rwkv_edge.tokenizers import Tokenizer, tokenizer_for_vocabulary
 
 TOKENS, GREEDY = 256, 1000
-SCHEMES = {
+SCHEMES: dict[str, SchemeOptions | None] = {
+    "": None,
     "W8": SchemeOptions("w8"),
     **{f"W4, blocks of {block}": SchemeOptions("w4", block) for block in (32, 64, 128)},
     "W4, blocks of 32, int4 head": SchemeOptions("w4", 32, "int4"),
 }
 RELATIVE = {"fp32": 1e-4, "fp16": 5e-3}
-QUANTIZED = {"fp32": 1e-4, "fp16": 5e-3}
-"""Of logits, largest |difference| over the largest |logit|; quantized weights by the precision of the rest."""
+"""Of logits by precision, largest |difference| over the largest |logit|."""
+
 TOP1 = 0.99
 GREEN = "green"
 
@@ -52,12 +57,10 @@ def main() -> None:
     options = arguments(__doc__ or "", add_options)
     checkpoints = [DEMO_CHECKPOINT, *(sorted(options.models.glob("*.pth")) if options.models else [])]
     text = options.text.read_bytes() if options.text else (SAMPLE_TEXT * 2).encode()
-    figures: dict[str, Any] = {"tokens": TOKENS, "greedy_tokens": GREEDY}
-    for checkpoint in checkpoints:
-        figures[checkpoint.stem] = compared(checkpoint, list(text[:TOKENS]), options.work, figures)
-    found = [
-        (model, form, f) for model, forms in figures.items() if isinstance(forms, dict) for form, f in forms.items()
-    ]
+    figures: dict[str, Any] = {"gpu": gpu_name(), "tokens": TOKENS, "greedy_tokens": GREEDY}
+    figures |= compared(checkpoints, list(text[:TOKENS]), options)
+    models = {path.stem: figures[path.stem] for path in checkpoints}
+    found = [(model, form, f) for model, forms in models.items() for form, f in forms.items()]
     rows = [(model, form, *cells(f)) for model, form, f in found]
     title = f"Parity of the fused kernels with ONNX Runtime on the CPU, {TOKENS} tokens, {figures['gpu']}"
     report(title, ("model", "form", "relative difference", "top-1", "parity"), rows, figures, options.json)
@@ -67,9 +70,19 @@ def main() -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """--models, --text."""
+    """--models, --text, --workers."""
     parser.add_argument("--models", type=Path, help="folder of checkpoints (.pth) whose tokens are bytes")
     parser.add_argument("--text", type=Path, help=f"what is fed: its first {TOKENS} bytes")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes side by side; 0: none")
+
+
+def gpu_name() -> str:
+    """Of the GPU that runs."""
+    driver = Driver()
+    try:
+        return driver.name
+    finally:
+        driver.close()
 
 
 def cells(found: Figures) -> tuple[str, str, str]:
@@ -79,38 +92,47 @@ def cells(found: Figures) -> tuple[str, str, str]:
     return f"{found['relative_difference']:.2g}", f"{100 * found['top1']:.1f} %", found["parity"]
 
 
-def compared(checkpoint: Path, tokens: list[int], work: Path, about: Figures) -> dict[str, Figures]:
-    """Figures of every form of a model; ``about`` learns the GPU's name."""
-    folders = exported(checkpoint, work)
-    found: dict[str, Figures] = {}
-    for precision in RELATIVE:
-        with on_cpu(folders["fp32"]) as oracle, on_gpu(folders[precision], found, precision) as session:
-            if session is not None:
-                about["gpu"] = session.numerics.split(", ")[1]
-                found[precision] = difference(session, oracle, tokens, RELATIVE[precision])
-            if session is not None and precision == "fp32":
-                found["fp32, greedy"] = greedy(session, oracle)
-    for name, folder in folders.items():
-        if name in RELATIVE:
-            continue
-        with on_cpu(folder) as oracle, on_gpu(folder, found, name) as session:
-            if session is not None:
-                found[name] = difference(session, oracle, tokens, QUANTIZED[session.spec.precision])
+def compared(checkpoints: Sequence[Path], tokens: list[int], options: argparse.Namespace) -> dict[str, Any]:
+    """Model → precision and scheme → figures."""
+    cases = [(path, precision, name) for path in checkpoints for precision in RELATIVE for name in SCHEMES]
+    found: dict[str, Any] = {path.stem: {} for path in checkpoints}
+    with contextlib.ExitStack() as stack:
+        if options.workers:
+            pool = stack.enter_context(ProcessPoolExecutor(options.workers, get_context("spawn")))
+            waiting = [pool.submit(case, *one, tokens, options.work) for one in cases]
+            results: Iterator[Figures] = (future.result() for future in waiting)
+        else:
+            results = (case(*one, tokens, options.work) for one in cases)
+        for (path, precision, name), figures in zip(cases, results, strict=True):
+            found[path.stem][f"{precision} {name}".strip()] = figures
     return found
 
 
-def exported(checkpoint: Path, work: Path) -> dict[str, Path]:
-    """Artifacts of a checkpoint: by precision, and of every scheme in both."""
-    found: dict[str, Path] = {}
-    for precision in RELATIVE:
-        found[precision] = work / f"parity-{checkpoint.stem}-{precision}"
-        choices = ExportOptions(precision=precision, tokenizer="bytes", chunks=(16,), batch=None)
-        export_checkpoint(open_checkpoint(checkpoint), found[precision], choices)
-    for precision in RELATIVE:
-        for number, (name, scheme) in enumerate(SCHEMES.items()):
-            folder = found[f"{precision} {name}"] = work / f"parity-{checkpoint.stem}-{precision}-{number}"
-            quantize_artifact(found[precision], folder, QuantizeOptions(scheme))
+def case(checkpoint: Path, precision: str, name: str, tokens: list[int], work: Path) -> Figures:
+    """Figures of one form of a model; that the fused kernels refuse it is a result like any other."""
+    place = work / f"parity-{checkpoint.stem}-{precision}-{list(SCHEMES).index(name)}"
+    folder, scheme = exported(checkpoint, precision, place), SCHEMES[name]
+    if scheme is not None:
+        source, folder = folder, place / "quantized"
+        quantize_artifact(source, folder, QuantizeOptions(scheme))
+    oracle = folder if scheme is not None else exported(checkpoint, "fp32", place)
+    try:
+        session = CudaSession(Artifact.open(folder))
+    except SessionError as error:
+        return {"parity": f"not run: {error}"}
+    with on_cpu(oracle) as expected:
+        found = difference(session, expected, tokens, RELATIVE[precision])
+        if found["parity"] == GREEN and precision == "fp32" and scheme is None:
+            found |= greedy(session, expected)
+    session.close()
     return found
+
+
+def exported(checkpoint: Path, precision: str, place: Path) -> Path:
+    """An artifact of the checkpoint, of any number of streams."""
+    choices = ExportOptions(precision=precision, tokenizer="bytes", chunks=(16,), batch=None)
+    export_checkpoint(open_checkpoint(checkpoint), place / precision, choices)
+    return place / precision
 
 
 @contextlib.contextmanager
@@ -122,21 +144,8 @@ def on_cpu(folder: Path) -> Iterator[OrtSession]:
         add(self, name, "0" if name == "session.qdq_matmulnbits_accuracy_level" else value)
 
     with mock.patch.object(onnxruntime.SessionOptions, "add_session_config_entry", exact):
-        session = OrtSession(Artifact.open(folder))
+        session = OrtSession(Artifact.open(folder), threads=1)
         yield session
-    session.close()
-
-
-@contextlib.contextmanager
-def on_gpu(folder: Path, found: dict[str, Figures], name: str) -> Iterator[CudaSession | None]:
-    """The fused kernels; None where they refuse the model, which is a result like any other."""
-    try:
-        session = CudaSession(Artifact.open(folder))
-    except SessionError as error:
-        found[name] = {"parity": f"not run: {error}"}
-        yield None
-        return
-    yield session
     session.close()
 
 

@@ -70,6 +70,9 @@ rounding of every node to 11 bits goes through up to 32 random layers, and eager
 well; Albatross keeps the state in fp16 too, with dithered decays. The fused kernels keep activations and the state's
 matrices in float32 and round the token-shift states alone: 4e-4 in torch at 0.4B."""
 
+WIDE_TOLERANCE = 2e-2
+"""Of the fused kernels in prompts and batches, where tensor cores take activations in fp16 as well."""
+
 GREEN = "green"
 PARITY_TOKENS, PARITY_STREAM_TOKENS = 16, 4
 SLOW_RUNS = 3  # turns of batches and prompts
@@ -205,11 +208,14 @@ def release_memory() -> None:
 
 def checked(name: str, engine: Engine, expected: Expected) -> dict[str, Any]:
     """Differences from the reference, and 'parity': `GREEN`, or why there are no figures of this engine."""
-    found, most = differences(engine, expected), TOLERANCE[FUSED if name.startswith(FUSED) else name]
-    wrong = [f"{kind} {value:.2g}" for kind, value in found.items() if not value <= most]
+    fused, found = name.startswith(FUSED), differences(engine, expected)
+    most = {
+        kind: WIDE_TOLERANCE if fused and kind != "steps" else TOLERANCE[FUSED if fused else name] for kind in found
+    }
+    wrong = [f"{kind} {value:.2g}, at most {most[kind]:g}" for kind, value in found.items() if not value <= most[kind]]
     parity = GREEN
     if wrong:
-        parity = f"the relative difference is {', '.join(wrong)}; at most {most:g} is right"
+        parity = f"the relative difference is wrong: {'; '.join(wrong)}"
     elif not greedy_is_argmax(engine, int(expected.one[0][0, 0]), PARITY_TOKENS):
         parity = "the greedy choice on the GPU is not that of the logits"
     return {"parity": parity, **{f"difference_{kind}": value for kind, value in found.items()}}

@@ -105,7 +105,9 @@ def test_step_gpu_times_nothing_that_is_wrong(
     run: Run, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(scripts["step_gpu"].TOLERANCE, "fused kernels", 1e-9)
-    with pytest.raises(SystemExit, match=r"tiny, fused kernels: the relative difference is steps .*at most 1e-09"):
+    with pytest.raises(
+        SystemExit, match=r"tiny, fused kernels: the relative difference is wrong: steps .*at most 1e-09"
+    ):
         run("step_gpu", *STEP, "--forms", "fp16", "--onnxruntime")
     engine = json.loads((tmp_path / "step_gpu.json").read_text())["figures"]["tiny"]["fused kernels"]
     assert "step_s" not in engine
@@ -163,15 +165,22 @@ def test_kernels_gpu_spreads_over_copies(scripts: dict[str, ModuleType], tmp_pat
 def test_parity_gpu(run: Run, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     parity = scripts["parity_gpu"]
     checkpoint = save_pth(random_v7(Shape7(2, 64, 256, ranks=(8, 8, 8, 16))), tmp_path / "model.pth")
-    schemes = {name: parity.SCHEMES[name] for name in ("W8", "W4, blocks of 32, int4 head")}
-    for name, value in {"TOKENS": 20, "GREEDY": 6, "DEMO_CHECKPOINT": checkpoint, "SCHEMES": schemes}.items():
+    schemes = {name: parity.SCHEMES[name] for name in ("", "W8", "W4, blocks of 32, int4 head")}
+    for name, value in {
+        "TOKENS": 20,
+        "GREEDY": 6,
+        "DEMO_CHECKPOINT": checkpoint,
+        "SCHEMES": schemes,
+        "Driver": cuda_double.Driver,
+    }.items():
         monkeypatch.setattr(parity, name, value)
-    found = run("parity_gpu")["model"]
+    found = run("parity_gpu", "--workers", "0")["model"]
     assert {form: f["parity"] for form, f in found.items()} == dict.fromkeys(found, "green")
-    assert {"fp32", "fp16", "fp32, greedy", "fp32 W8", "fp16 W4, blocks of 32, int4 head"} <= found.keys()
+    assert [*found] == [f"{p} {name}".strip() for p in ("fp32", "fp16") for name in schemes]
+    assert (found["fp32"]["same_tokens"], found["fp32"]["same_text"]) == (6, True)
     monkeypatch.setitem(parity.RELATIVE, "fp16", 1e-9)
     with pytest.raises(SystemExit, match="model, fp16: the relative difference is"):
-        run("parity_gpu")
+        run("parity_gpu", "--workers", "0")
 
 
 @pytest.fixture
