@@ -80,7 +80,7 @@ def gpu_name() -> str:
     """Of the GPU that runs."""
     driver = Driver()
     try:
-        return driver.name
+        return str(driver.name)
     finally:
         driver.close()
 
