@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT32", "INT64", "INT8"])
-SPELLING = {"FP32": DataType.FLOAT, "FP16": DataType.HALF, "BF16": DataType.BF16}
+SPELLING = {"FP32": DataType.FLOAT, "FP16": DataType.HALF, "BF16": DataType.BF16, "INT32": DataType.INT32}
 RESERVED = {"", "trt", "tensorrt", "std"}
 
 
@@ -151,6 +151,12 @@ class Module:
     KernelLaunchParams: type[KernelLaunchParams] = KernelLaunchParams
     SymIntExprs: type[SymIntExprs] = SymIntExprs
     SymInt32: type[SymInt32] = SymInt32
+
+    @staticmethod
+    def from_shape_expr(shape_expr: tuple[ShapeExpr | int, ...], dtype: DataType) -> TensorDesc:
+        if not isinstance(shape_expr, tuple) or not all(isinstance(n, (int, ShapeExpr)) for n in shape_expr):
+            raise TypeError("a shape is a tuple of integers and expressions")
+        return TensorDesc(dtype, tuple(n if isinstance(n, ShapeExpr) else ShapeExpr(n) for n in shape_expr))
 
     def register(self, plugin_id: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,8 +25,10 @@ def check_int8(options: ExportOptions) -> None:
     """Refuse, before anything is exported, what cannot be quantized after it.
 
     Raises:
-        InputError: bf16, or no tokenizer to read the text with.
+        InputError: bf16, fused nodes, or no tokenizer to read the text with.
     """
+    if options.wkv == "fused":
+        raise InputError("--int8 quantizes no fused nodes, whose kernels take float; choose another --wkv")
     if options.precision == "bf16":
         raise InputError("--int8 quantizes fp32 or fp16, not bf16; choose another --precision")
     if options.tokenizer == "none":

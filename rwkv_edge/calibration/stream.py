@@ -22,7 +22,7 @@ def float_graph(artifact: Artifact, dividing: Sequence[int], longest: int) -> Gr
     """The prefill graph with the longest chunk up to ``longest`` that divides all of ``dividing``; else the step.
 
     Raises:
-        CalibrationError: the artifact is quantized, or in a precision that does not run here.
+        CalibrationError: the artifact is quantized, in a precision that does not run here, or of fused nodes.
     """
     manifest = artifact.manifest
     if manifest.quantization is not None:
@@ -31,6 +31,11 @@ def float_graph(artifact: Artifact, dividing: Sequence[int], longest: int) -> Gr
     if manifest.spec.precision == "bf16":
         raise CalibrationError(f"{artifact.path} is in bf16, but INT8 comes from fp32 or fp16; export it again in one")
     step = artifact.graph("step", "cpu")
+    if step.wkv == "fused":
+        raise CalibrationError(
+            f"{artifact.path} has its matrices inside fused nodes, whose kernels take float; export it again with "
+            "--wkv inline or function"
+        )
     fitting = [
         graph
         for graph in manifest.graphs

@@ -13,9 +13,9 @@ from rwkv_edge.cli.engines import add_engines, build_options, engine_options
 @click.command("build")
 @click.argument("artifact", type=PATH)
 @click.option(
-    "--wkv", type=click.Choice(["plugin", "function", "inline"]),
-    help="How the recurrence runs: plugin (a CUDA kernel) and function need a graph exported with "
-    "--wkv function.  [default: as exported]",
+    "--wkv", type=click.Choice(["plugin", "fused", "function", "inline"]),
+    help="How a step runs: plugin puts CUDA kernels in the place of the local functions of a graph exported with "
+    "--wkv function or fused.  [default: as exported]",
 )  # fmt: skip
 @engine_options
 @quiet_option

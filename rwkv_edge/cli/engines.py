@@ -78,7 +78,7 @@ def planned_engines(form: str, precision: str, wkv: str, given: Mapping[str, Any
             if source is ParameterSource.COMMANDLINE:
                 raise InputError(f"{name} is for engines; add --format both")
         if wkv == "plugin":
-            raise InputError("a plugin is part of an engine; add --format both, or export with --wkv function")
+            raise InputError("a plugin is part of an engine; add --format both, or export with --wkv function or fused")
         return None
     from rwkv_edge.exporters.tensorrt import plan_build
 

@@ -23,9 +23,9 @@ from rwkv_edge.cli.progress import count_progress
 )  # fmt: skip
 @click.option("--batch", type=Batch(), default="1", show_default=True, help="Streams fed in one step.")
 @click.option(
-    "--wkv", type=click.Choice(["inline", "function", "plugin"]), default="inline", show_default=True,
+    "--wkv", type=click.Choice(["inline", "function", "fused", "plugin"]), default="inline", show_default=True,
     help="The recurrence as plain operators, as local functions (rwkv::wkv7_step, wkv7_sequence), or, in a TensorRT "
-    "engine, as CUDA kernels in their place.",
+    "engine, as CUDA kernels in their place; fused: a step of five local functions a layer (RWKV-7).",
 )  # fmt: skip
 @click.option(
     "--chunk", "chunks", type=click.IntRange(0), multiple=True, metavar="T", default=(16, 64, 256),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from onnxscript import GraphBuilder
 
 from rwkv_edge.artifact import GraphEntry
 from rwkv_edge.errors import ExportError
+from rwkv_edge.exporters.fused import FusedTracer
 from rwkv_edge.exporters.layout import WeightLayout
 from rwkv_edge.exporters.sequence import SequenceTracer
 from rwkv_edge.exporters.tracer import DATA_TYPES, FUNCTION_DOMAIN, OPSET, Symbol, Tracer
@@ -30,7 +32,7 @@ class GraphForm:
     Attributes:
         kind: 'step' (one token), 'prefill' (a chunk, logits of its last token) or 'score' (a chunk, all logits).
         tokens: 1, or the length of the chunk.
-        wkv: 'inline' or 'function'.
+        wkv: 'inline', 'function', or of a step 'fused'.
         widened: compute in float32 whatever the weights' dtype; inputs and outputs stay the same.
     """
 
@@ -62,7 +64,8 @@ def onnx_from_model(model: Model, layout: WeightLayout, form: GraphForm) -> ir.M
     tokens = _tokens(tracer, form, batch)
     state = {t.name: tracer.symbol(builder.input(t.name, DATA_TYPES[t.dtype], [batch, *t.shape])) for t in spec.state}
     inner = {name: tracer.act(value) if form.widened else value for name, value in state.items()}
-    logits, after = model.architecture.step(tracer, spec, tokens, inner)
+    step = tracer.step if isinstance(tracer, FusedTracer) else partial(model.architecture.step, tracer)
+    logits, after = step(spec, tokens, inner)
     shape = [batch, spec.vocab_size]
     if form.kind == "score":
         shape = [batch, form.tokens, spec.vocab_size]
@@ -101,6 +104,8 @@ def check_graph(path: Path) -> None:
 
 def _tracer(builder: GraphBuilder, model: Model, layout: WeightLayout, form: GraphForm) -> Tracer:
     compute = "float32" if form.widened else None
+    if form.wkv == "fused":
+        return FusedTracer(builder, model.spec, layout)
     if form.kind == "step":
         return Tracer(builder, model.spec, layout, form.wkv, compute)
     return SequenceTracer(builder, model.spec, layout, form.tokens, form.wkv, compute, all_logits=form.kind == "score")

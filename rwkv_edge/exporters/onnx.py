@@ -16,6 +16,7 @@ from rwkv_edge.checkpoints import Checkpoint
 from rwkv_edge.errors import InputError
 from rwkv_edge.exporters.chunks import MAX_TOKENS
 from rwkv_edge.exporters.folder import artifact_folder
+from rwkv_edge.exporters.fused import check_fused
 from rwkv_edge.exporters.graphs import GraphForm, check_graph, write_graph
 from rwkv_edge.exporters.initial_state import STATE_FILE, write_initial_state
 from rwkv_edge.exporters.layout import INDEX_FILE, WEIGHTS_FILE, WeightLayout, write_index
@@ -24,7 +25,7 @@ from rwkv_edge.models.versions import Model, model_from_checkpoint
 from rwkv_edge.spec import PRECISIONS
 from rwkv_edge.tokenizers import Tokenizer, save_tokenizer, tokenizer_for_vocabulary
 
-WKV_FORMS = ("inline", "function")
+WKV_FORMS = ("inline", "function", "fused")
 DEFAULT_CHUNKS = (16, 64, 256)
 HEADROOM = 1 << 24  # bytes of graphs, manifest and tokenizer beside the weights
 
@@ -36,7 +37,8 @@ class ExportOptions:
     Attributes:
         precision: 'fp32', 'fp16' or 'bf16', of weights and activations; the recurrence stays in float32.
         batch: streams per step; None for a dynamic axis.
-        wkv: 'inline' for plain operators, 'function' for the local functions ``rwkv::wkvN_step`` and ``_sequence``.
+        wkv: 'inline' for plain operators, 'function' for the local functions ``rwkv::wkvN_step`` and ``_sequence``,
+            'fused' for a step of five local functions a layer (`rwkv_edge.exporters.fused`).
         tokenizer: 'world', 'bytes', 'none', a path to tokenizer.json, or None to choose by the vocabulary size.
         rescale: layers after which the residual stream is halved, 0 for never; None for 6 in fp16 of RWKV-4 to 6.
         state: a tuned state to begin with, or None.
@@ -87,10 +89,13 @@ def export_checkpoint(
         ArtifactError: the target cannot be written.
         ExportError: the graph fails the ONNX checker.
         TokenizerError: no tokenizer fits the vocabulary.
+        InputError: a fused step was asked for, but the version has no fused nodes.
     """
     options = options or ExportOptions()
     target = Path(target)
     model = model_from_checkpoint(checkpoint, options.precision, options.batch, options.rescale)
+    if options.wkv == "fused":
+        check_fused(model.spec)
     none = options.tokenizer == "none"
     tokenizer = None if none else tokenizer_for_vocabulary(model.spec.vocab_size, options.tokenizer)
     layout = WeightLayout(model.params, model.spec.act_dtype)
@@ -110,15 +115,17 @@ def export_checkpoint(
 def _forms(options: ExportOptions) -> list[tuple[GraphForm, str]]:
     """The graphs of an artifact and what each is for.
 
-    In bfloat16, which ONNX Runtime's CPU provider has few operators for, each has a widened twin.
+    Fused nodes are for steps: chunks beside them are in plain operators. In bfloat16, which ONNX Runtime's CPU provider
+    has few operators for, each graph has a widened twin, in plain operators where it is of fused nodes.
     """
+    others = "inline" if options.wkv == "fused" else options.wkv
     forms = [GraphForm("step", 1, options.wkv)]
-    forms += [GraphForm("prefill", chunk, options.wkv) for chunk in sorted(set(options.chunks))]
+    forms += [GraphForm("prefill", chunk, others) for chunk in sorted(set(options.chunks))]
     if options.all_logits:
-        forms.append(GraphForm("score", max(options.chunks), options.wkv))
+        forms.append(GraphForm("score", max(options.chunks), others))
     if options.precision != "bf16":
         return [(form, "any") for form in forms]
-    twins = [GraphForm(form.kind, form.tokens, form.wkv, widened=True) for form in forms]
+    twins = [GraphForm(form.kind, form.tokens, others, widened=True) for form in forms]
     return [(form, "gpu") for form in forms] + [(form, "cpu") for form in twins]
 
 

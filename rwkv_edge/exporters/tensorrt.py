@@ -24,6 +24,7 @@ from rwkv_edge.exporters.folder import disk_errors, is_running
 from rwkv_edge.exporters.trt_adapter import EngineSettings, LoadedBackend, build_engine, load_backend
 from rwkv_edge.exporters.trt_targets import check_precision, chosen_targets, chosen_wkv, device_capability
 from rwkv_edge.exporters.trt_types import HostMemory
+from rwkv_edge.spec import ModelSpec
 
 BLOCK = 1 << 26  # bytes written and hashed at a time
 INDEX = "weights.json"
@@ -40,7 +41,7 @@ class BuildOptions:
     Attributes:
         backend: 'tensorrt', 'tensorrt-rtx', or 'auto' for the one that is installed.
         targets: GPUs to build for, such as 'sm86'; none for this machine's.
-        wkv: 'plugin', 'function' or 'inline'; None for what the step's graph has.
+        wkv: 'plugin', 'fused', 'function' or 'inline'; None for what the step's graph has.
         timing_cache: a file that is read if it exists, and written afterwards.
         workspace: scratch memory of an engine at most, in MB.
         opt_level: the builder's effort, from 0 to 5.
@@ -90,7 +91,7 @@ def plan_build(options: BuildOptions, precision: str, wkv: str) -> BuildPlan:
     Args:
         options: what was asked for.
         precision: 'fp32', 'fp16' or 'bf16', the artifact's.
-        wkv: 'inline' or 'function', the form of its step graph.
+        wkv: 'inline', 'function' or 'fused', the form of its step graph.
 
     Raises:
         InputError: something that the backend, the GPU or the graph has not.
@@ -135,6 +136,8 @@ def build_engines(path: str | Path, options: BuildOptions | None = None, progres
         raise InputError(f"--sample-k {options.sample_k} is more than the vocabulary of {manifest.spec.vocab_size}")
     step = artifact.graph("step", "gpu")
     plan = plan_build(options, manifest.spec.precision, step.wkv)
+    if (plan.wkv, step.wkv) == ("plugin", "fused"):
+        _check_fused_plugins(manifest.spec)
     graphs = [graph for graph in manifest.graphs if graph.target in ("gpu", "any")]
     cache = _read_cache(options.timing_cache)
     with _scratch(artifact.path, manifest.files[WEIGHTS].nbytes * len(graphs)) as scratch:
@@ -170,6 +173,34 @@ def _check_quantization(artifact: Artifact) -> None:
         )
 
 
+def _check_fused_plugins(spec: ModelSpec) -> None:
+    """Refuse a model that the kernels of fused nodes do not take: what they raise during a build, TensorRT loses.
+
+    Raises:
+        InputError: too many streams, a dynamic number of them, or a dimension that they do not have.
+    """
+    from rwkv_edge.plugins.fused_nodes import fused_layers, sizes_of
+
+    if spec.batch is None:
+        raise InputError(
+            "--wkv plugin compiles fused nodes for a fixed number of streams, but this artifact has --batch dynamic; "
+            "export it with --batch 1, or build with --wkv fused"
+        )
+    for node in fused_layers(spec.version).nodes.values():
+        try:
+            node.kernel(sizes_of(node, spec), spec.act_dtype)
+        except InputError as error:
+            raise InputError(f"{error}; build with --wkv fused") from error
+
+
+def _plugins(graph: GraphEntry, spec: ModelSpec) -> int:
+    """Calls of local functions in a graph that are to become plugins."""
+    from rwkv_edge.plugins.fused_nodes import fused_layers
+
+    layers = range(spec.n_layer)
+    return sum(len(fused_layers(spec.version).of(i)) for i in layers) if graph.wkv == "fused" else len(layers)
+
+
 def _build(
     artifact: Artifact,
     graph: GraphEntry,
@@ -180,11 +211,12 @@ def _build(
     progress: Report | None,
 ) -> tuple[EngineEntry, FileEntry, bytes | None]:
     """Build one engine into ``scratch``; its entries, and the timing cache after it."""
-    wkv = plan.wkv if graph.wkv == "function" else graph.wkv
+    wkv = graph.wkv if graph.wkv == "inline" else plan.wkv
     batch = artifact.manifest.spec.batch or options.max_batch
     sample_k = options.sample_k if graph.kind == "step" else 0
+    plugins = _plugins(graph, artifact.manifest.spec) if wkv == "plugin" else 0
     settings = EngineSettings(
-        plan.targets, batch, wkv == "plugin", options.workspace and options.workspace << 20, options.opt_level,
+        plan.targets, batch, plugins, options.workspace and options.workspace << 20, options.opt_level,
         options.refit, options.version_compatible, sample_k,
     )  # fmt: skip
     name, start = f"{Path(graph.file).stem}.engine", time.perf_counter()

@@ -108,7 +108,7 @@ class EngineSettings:
     Attributes:
         targets: GPUs to build for; read with tensorrt_rtx only.
         batch: most streams, where the graph's batch axis is dynamic.
-        plugin: the step's recurrence must become a plugin.
+        plugins: calls of local functions that must become plugins.
         workspace: scratch memory of the engine at most, in bytes; None for all that is free.
         opt_level: 0 to 5, None for the builder's own.
         refit: let the weights be exchanged later.
@@ -118,7 +118,7 @@ class EngineSettings:
 
     targets: Sequence[str]
     batch: int = 1
-    plugin: bool = False
+    plugins: int = 0
     workspace: int | None = None
     opt_level: int | None = None
     refit: bool = False
@@ -197,7 +197,7 @@ def _network_flags(trt: Any, plugin: bool) -> int:
 def _parsed(
     loaded: LoadedBackend, builder: Builder, graph: Path, settings: EngineSettings, log: Any
 ) -> tuple[NetworkDefinition, OnnxParser]:
-    network = builder.create_network(_network_flags(loaded.trt, settings.plugin))
+    network = builder.create_network(_network_flags(loaded.trt, settings.plugins > 0))
     parser: OnnxParser = loaded.trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
         raise _parser_error(loaded, parser, graph, log)
@@ -219,15 +219,16 @@ def _parser_error(loaded: LoadedBackend, parser: OnnxParser, graph: Path, log: A
 
 
 def _check_network(network: NetworkDefinition, settings: EngineSettings, graph: Path, loaded: LoadedBackend) -> None:
-    """What can be seen once the graph is parsed: its data types, and whether the parser took the plugin."""
+    """What can be seen once the graph is parsed: its data types, and whether the parser took the plugins."""
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     dtypes = {layer.get_output(i).dtype.name for layer in layers for i in range(layer.num_outputs)}
     check_precision(dtypes, settings.targets, graph.name)
-    if settings.plugin and not any(layer.type.name == "PLUGIN_V3" for layer in layers):
+    taken = sum(layer.type.name == "PLUGIN_V3" for layer in layers)
+    if taken < settings.plugins:
         order = ", ".join(parser_dispatch(loaded.version).order)
         raise ExportError(
-            f"TensorRT {loaded.version} took no plugin for the recurrence of {graph.name} (its parser looks for "
-            f"{order}); build with --wkv function"
+            f"TensorRT {loaded.version} took {taken or 'no'} plugins for {settings.plugins} functions of {graph.name} "
+            f"(its parser looks for {order}); build without --wkv plugin"
         )
 
 

@@ -61,11 +61,11 @@ def parser_dispatch(version: str) -> ParserDispatch:
 
 
 def chosen_wkv(wanted: str | None, exported: str, backend: str, version: str) -> str:
-    """The form of a step's recurrence in the engine: what the graph has, or a plugin in place of its local function.
+    """The form of a step in the engine: what the graph has, or plugins in the place of its local functions.
 
     Args:
-        wanted: 'plugin', 'function', 'inline', or None for what the graph has.
-        exported: 'function' or 'inline', the graph's form.
+        wanted: 'plugin', 'fused', 'function', 'inline', or None for what the graph has.
+        exported: 'fused', 'function' or 'inline', the graph's form.
         backend: 'tensorrt' or 'tensorrt-rtx'.
         version: the backend's.
 
@@ -73,18 +73,19 @@ def chosen_wkv(wanted: str | None, exported: str, backend: str, version: str) ->
         InputError: the graph has another form, or the backend runs no plugins.
     """
     wanted = wanted or exported
-    needed = "function" if wanted == "plugin" else wanted
+    needed = ("function", "fused") if wanted == "plugin" else (wanted,)
+    form = exported if exported in needed else needed[0]
     if wanted == "plugin" and backend != "tensorrt":
-        raise InputError(f"{ENGINE_BACKENDS[backend].words} runs no plugins from Python; build with --wkv function")
-    if needed != exported:
+        raise InputError(f"{ENGINE_BACKENDS[backend].words} runs no plugins from Python; build with --wkv {form}")
+    if exported not in needed:
         raise InputError(
-            f"--wkv {wanted} needs a graph that was exported with --wkv {needed}, but this one has {exported}; "
-            f"export the checkpoint with --wkv {needed}"
+            f"--wkv {wanted} needs a graph that was exported with --wkv {' or '.join(needed)}, but this one has "
+            f"{exported}; export the checkpoint with --wkv {form}"
         )
     if wanted == "plugin" and version_numbers(version) < AOT_PLUGINS:
         least = ".".join(map(str, AOT_PLUGINS))
         raise InputError(
-            f"--wkv plugin needs TensorRT {least} or later, but {version} is installed; build with --wkv function"
+            f"--wkv plugin needs TensorRT {least} or later, but {version} is installed; build with --wkv {form}"
         )
     return wanted
 

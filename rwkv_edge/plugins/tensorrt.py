@@ -1,11 +1,14 @@
-"""The WKV kernels as plugins of TensorRT, ahead of time: their PTX becomes part of the engine, which then runs without
+"""The kernels as plugins of TensorRT, ahead of time: their PTX becomes part of the engine, which then runs without
 Python and without a library.
 
 A plugin has the name and the namespace of the local function in whose place the parser puts it, ``rwkv::wkvN_step`` or
-``rwkv::wkvN_sequence``, its inputs and its outputs (`rwkv_edge.exporters.recurrences`, `sequence_functions`). What each
-TensorRT does with such a node is in `rwkv_edge.exporters.trt_targets`. Source of the interface: the documentation and
-the Python text of ``tensorrt.plugin`` in TensorRT 10.9 to 11.1 (register, autotune, aot_impl; kernels get inputs, int32
-scalars, outputs).
+``rwkv::wkvN_sequence`` (`rwkv_edge.exporters.recurrences`, `sequence_functions`) or that of a fused node
+(`rwkv_edge.plugins.fused_nodes`), its inputs and its outputs. What each TensorRT does with such a node is in
+`rwkv_edge.exporters.trt_targets`. Source of the interface: the documentation and the Python text of
+``tensorrt.plugin`` in TensorRT 10.9 to 11.1 (register, autotune, aot_impl; kernels get inputs, int32 scalars, outputs).
+
+The fused kernels wait for the kernel ahead by ``griddepcontrol.wait``. TensorRT does not launch them as programmatic
+dependents, so there is none to wait for: the instruction waits for prerequisite grids in flight (PTX ISA 9.0).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 from rwkv_edge.errors import ExportError
 from rwkv_edge.plugins import nvrtc
+from rwkv_edge.plugins.fused_nodes import ACT, FUSED_VERSIONS, FusedNode, fused_layers
 from rwkv_edge.plugins.spec import KINDS, VERSIONS, Argument, KernelSpec, Kind, Version, kernel_spec
 
 NAMESPACE = "rwkv"
@@ -26,6 +30,7 @@ ACT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 """Types of activations that the kernels have, by their names in tensorrt.DataType."""
 
 ANY_ACT, FLOAT = "FP32|FP16|BF16", "FP32"  # as tensorrt.plugin.AutoTuneCombination spells types
+SPELLING = {ACT: ANY_ACT, "float32": FLOAT, "int32": "INT32"}
 
 Annotations = Sequence[tuple[str, Any]]
 _capabilities: dict[str, int] = {}  # of the GPU that each module builds for
@@ -56,16 +61,22 @@ def register_plugins(trt: Any, capability: int) -> None:
     )  # now: what a kernel raises later goes through TensorRT, which loses the reason
     _capabilities[trt.__name__] = capability
     for version, kind in itertools.product(VERSIONS, KINDS):
-        if not hasattr(getattr(trtp.op, NAMESPACE, None), f"wkv{version}_{kind}"):
-            _register(trtp, trt.__name__, version, kind)
+        if not _is_registered(trtp, f"wkv{version}_{kind}"):
+            _register_wkv(trtp, trt.__name__, version, kind)
+    for fused in FUSED_VERSIONS:
+        for node in fused_layers(fused).nodes.values():
+            if not _is_registered(trtp, node.name):
+                _register_fused(trtp, trt, node)
 
 
-def _register(trtp: Any, module: str, version: Version, kind: Kind) -> None:
-    """The three functions by which TensorRT knows a plugin: its outputs, its types, its kernel."""
+def _is_registered(trtp: Any, name: str) -> bool:
+    return hasattr(getattr(trtp.op, NAMESPACE, None), name)
+
+
+def _register_wkv(trtp: Any, module: str, version: Version, kind: Kind) -> None:
+    """A kernel of `rwkv_edge.plugins.spec`."""
     spec = kernel_spec(version, kind, "float16", 64)  # names, axes and order, which all dtypes and head sizes share
     names = [argument.name for argument in spec.inputs]
-    inputs: Annotations = [(argument, trtp.TensorDesc) for argument in names]
-    outputs = GenericAlias(tuple, (trtp.TensorDesc,) * len(spec.outputs))
 
     def describe(*descriptors: Any) -> tuple[Any, ...]:
         given = dict(zip(names, descriptors, strict=True))
@@ -83,12 +94,71 @@ def _register(trtp: Any, module: str, version: Version, kind: Kind) -> None:
         made = kernel_spec(version, kind, ACT_DTYPES[given[act].dtype.name], _head_size(given))
         return _kernel(trtp, made, _dimensions(made, given), _capabilities[module])
 
+    _register(trtp, f"wkv{version}_{kind}", names, len(spec.outputs), describe, combinations, kernel)
+
+
+def _register_fused(trtp: Any, trt: Any, node: FusedNode) -> None:
+    """A kernel of `rwkv_edge.plugins.fused`, compiled for the shapes of the node."""
+    names = [f"input_{i}" for i in range(len(node.inputs))]  # TensorRT takes no 'stream' and no dots
+    act = next(i for i, argument in enumerate(node.inputs) if argument.dtype == ACT)
+
+    def describe(*descriptors: Any) -> tuple[Any, ...]:
+        sizes = {**_sizes(node, descriptors), "1": 1}
+        known = not sizes["B"].is_fake  # else only types are asked for
+        sizes["S"] = node.parts(_constants(node, descriptors)) if known else 1
+        dtypes = {ACT: descriptors[act].dtype, "float32": trt.DataType.FLOAT}
+        return tuple(
+            trtp.from_shape_expr(tuple(sizes[letter] for letter in output.axes), dtypes[output.dtype])
+            for output in node.outputs
+        )
+
+    def combinations(*descriptors: Any) -> list[Any]:
+        types = ", ".join(SPELLING[argument.dtype] for argument in (*node.inputs, *node.outputs))
+        return [trtp.AutoTuneCombination(types, "LINEAR")]
+
+    def kernel(*arguments: Any) -> tuple[Any, ...]:
+        given = arguments[: len(names)]
+        made = node.kernel(_constants(node, given), ACT_DTYPES[given[act].dtype.name])
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x, launch.grid_y, launch.grid_z = made.grid
+        launch.block_x, launch.block_y, launch.block_z = made.threads, 1, 1
+        launch.shared_mem = made.shared
+        return made.name, made.ptx(_capabilities[trt.__name__]), launch, trtp.SymIntExprs.from_tuple(())
+
+    _register(trtp, node.name, names, len(node.outputs), describe, combinations, kernel)
+
+
+def _sizes(node: FusedNode, descriptors: Sequence[Any]) -> dict[str, Any]:
+    """The dimensions of a node's inputs by letter."""
+    return {
+        letter: size
+        for argument, given in zip(node.inputs, descriptors, strict=True)
+        for letter, size in zip(argument.axes, given.shape_expr, strict=True)
+    }
+
+
+def _constants(node: FusedNode, descriptors: Sequence[Any]) -> dict[str, int]:
+    """`_sizes` as integers: shapes of a fixed batch size are constant."""
+    return {letter: int(size.constant_value()) for letter, size in _sizes(node, descriptors).items()}
+
+
+def _register(
+    trtp: Any,
+    name: str,
+    inputs: Sequence[str],
+    outputs: int,
+    describe: Callable[..., Any],
+    combinations: Callable[..., Any],
+    kernel: Callable[..., Any],
+) -> None:
+    """The three functions by which TensorRT knows a plugin: its outputs, its types, its kernel."""
+    plugin, given = f"{NAMESPACE}::{name}", [(argument, trtp.TensorDesc) for argument in inputs]
+    several = GenericAlias(tuple, (trtp.TensorDesc,) * outputs)
     result = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    plugin = f"{NAMESPACE}::wkv{version}_{kind}"
-    trtp.register(plugin)(_signed(describe, inputs, outputs))
-    tail: Annotations = [("outputs", outputs)]
-    trtp.autotune(plugin)(_signed(combinations, [*inputs, *tail], list[trtp.AutoTuneCombination]))
-    trtp.aot_impl(plugin)(_signed(kernel, [*inputs, *tail, ("tactic", int)], result))
+    tail: Annotations = [("outputs", several)]
+    trtp.register(plugin)(_signed(describe, given, several))
+    trtp.autotune(plugin)(_signed(combinations, [*given, *tail], list[trtp.AutoTuneCombination]))
+    trtp.aot_impl(plugin)(_signed(kernel, [*given, *tail, ("tactic", int)], result))
 
 
 def _kernel(

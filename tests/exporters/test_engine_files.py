@@ -258,7 +258,7 @@ def test_a_plugin_takes_the_place_of_the_function(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(made / "function", tmp_path / "artifact"))
-    trt = use_double(monkeypatch, TensorRTDouble("10.16.1.2", layers=[("PLUGIN_V3", "FLOAT")]))
+    trt = use_double(monkeypatch, TensorRTDouble("10.16.1.2", layers=[("PLUGIN_V3", "FLOAT")] * 2))
     registered: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(plugins, "register_plugins", lambda *arguments: registered.append(arguments))
@@ -277,6 +277,41 @@ def test_a_plugin_takes_the_place_of_the_function(
     nvrtc._nvrtc.cache_clear()
     assert found == "compiling the CUDA kernels needs the package 'cuda-bindings': pip install 'rwkv-edge[cuda]'"
     assert content(folder) == before
+
+
+def test_plugins_take_the_places_of_fused_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ten of two layers, and none in the chunks, which are in plain operators."""
+    write_artifact(tmp_path / "fused", 0, "--wkv", "fused", "--chunk", "16")
+    use_double(monkeypatch, TensorRTDouble("10.16.1.2", layers=[("PLUGIN_V3", "FLOAT")] * 10))
+    monkeypatch.setattr(plugins, "register_plugins", lambda *arguments: None)
+    engines = build_engines(tmp_path / "fused", BuildOptions(wkv="plugin")).engines
+    assert [(engine.kind, engine.wkv) for engine in engines] == [("step", "plugin"), ("prefill", "inline")]
+    use_double(monkeypatch, TensorRTDouble("10.16.1.2", layers=[("PLUGIN_V3", "FLOAT")] * 9))
+    with pytest.raises(ExportError, match="took 9 plugins for 10 functions"):
+        build_engines(tmp_path / "fused", BuildOptions(wkv="plugin"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("--batch", "dynamic"),
+            "compiles fused nodes for a fixed number of streams, but this artifact has --batch dyn",
+        ),
+        (("--batch", "9"), "carries 1 to 8 streams; found 9; build with --wkv fused"),
+    ],
+)
+def test_fused_nodes_that_no_kernel_takes(
+    options: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_artifact(tmp_path / "fused", 0, "--wkv", "fused", *options)
+    trt = use_double(monkeypatch, TensorRTDouble("10.16.1.2"))
+    assert words in refusal(capsys, "build", tmp_path / "fused", "--wkv", "plugin")
+    assert trt.told.builds == 0
 
 
 def test_a_timing_cache_is_kept(artifact: Path, trt: TensorRTDouble, tmp_path: Path) -> None:

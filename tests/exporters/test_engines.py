@@ -27,6 +27,7 @@ from rwkv_edge.errors import ArtifactError, ExportError, InputError, SessionErro
 from rwkv_edge.evaluation.synthetic import save_pth
 from rwkv_edge.exporters.tensorrt import BuildOptions, build_engines
 from rwkv_edge.exporters.trt_adapter import EngineSettings, build_engine, load_backend
+from rwkv_edge.plugins.fused_nodes import FUSED_VERSIONS
 
 SM86 = ("--backend", "tensorrt-rtx", "--target", "sm86")
 RTX86 = BuildOptions(backend="tensorrt-rtx", targets=("sm86",))
@@ -39,11 +40,12 @@ def rtx() -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Artifacts that are not to be written to: 'onnx' and its 'bf16', 'function' and 'dynamic' forms."""
+    """Artifacts that are not to be written to: 'onnx' and its 'bf16', 'function', 'fused' and 'dynamic' forms."""
     folder = tmp_path_factory.mktemp("made")
     write_artifact(folder / "onnx", 0, "--chunk", "16")
     write_artifact(folder / "bf16", 0, "--precision", "bf16")
     write_artifact(folder / "function", 0, "--wkv", "function")
+    write_artifact(folder / "fused", 0, "--wkv", "fused")
     write_artifact(folder / "dynamic", 0, "--batch", "dynamic")
     return folder
 
@@ -84,6 +86,21 @@ def test_every_version_builds(version: str, precision: str, rtx: Any, tmp_path: 
         engines = artifact.manifest.engines
         assert [(e.kind, e.tokens, e.wkv) for e in engines] == [("step", 1, wkv), ("prefill", 16, wkv)]
         assert [e.targets for e in engines] == [("sm86", "sm89")] * len(engines)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("version", FUSED_VERSIONS)
+def test_bodies_of_fused_nodes_build(version: str, precision: str, rtx: Any, tmp_path: Path) -> None:
+    checkpoint = save_pth(MAKERS[version](), tmp_path / "model.pth")
+    folder = tmp_path / "fused"
+    options = ["--precision", precision, "--wkv", "fused", "--chunk", "16", "--tokenizer", "none"]
+    assert run(["export", str(checkpoint), "-o", str(folder), *options]) == 0
+    assert run(["build", str(folder), *SM86, "--target", "sm89"]) == 0
+    check_all(folder)
+    engines = Artifact.open(folder).manifest.engines
+    found = [(e.kind, e.tokens, e.wkv, e.targets) for e in engines]
+    targets = ("sm86", "sm89")
+    assert found == [("step", 1, "fused", targets), ("prefill", 16, "inline", targets)]
 
 
 def test_what_the_manifest_says(built: Path, rtx: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +190,9 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "function from inline": ("onnx", ("--target", "sm86", "--wkv", "function"), "exported with --wkv function"),
     "inline from function": ("function", ("--target", "sm86", "--wkv", "inline"), "exported with --wkv inline"),
     "plugin": ("function", ("--target", "sm86", "--wkv", "plugin"), "TensorRT for RTX runs no plugins from Python"),
+    "inline from fused": ("fused", ("--target", "sm86", "--wkv", "inline"), "inline, but this one has fused"),
+    "fused from function": ("function", ("--target", "sm86", "--wkv", "fused"), "checkpoint with --wkv fused"),
+    "plugin of fused": ("fused", ("--target", "sm86", "--wkv", "plugin"), "from Python; build with --wkv fused"),
     "timing cache": ("onnx", ("--target", "sm86", "--timing-cache", "x"), "has no timing cache"),
     "version compatible": ("onnx", ("--target", "sm86", "--version-compatible"), "no version-compatible engines"),
     "opt level": ("onnx", ("--opt-level", "6"), "6 is not in the range"),

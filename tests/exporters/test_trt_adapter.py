@@ -162,26 +162,33 @@ def test_the_dispatch_by_version() -> None:
 
 @pytest.mark.parametrize("version", ["10.9.0.34", "10.14.1.48", "10.15.1.29", "11.4.0.1"])
 def test_the_code_of_plugins_goes_into_the_engine(version: str) -> None:
-    trt = TensorRTDouble(version, layers=[("PLUGIN_V3", "FLOAT")])
-    build(trt, plugin=True)
+    trt = TensorRTDouble(version, layers=[("PLUGIN_V3", "FLOAT")] * 2)
+    build(trt, plugins=2)
     assert trt.told.network_flags == 1 << 1 | 1 << 3
     build(trt)
     assert trt.told.network_flags == 1 << 1
 
 
-def test_a_plugin_that_the_parser_did_not_take_is_noticed() -> None:
-    with pytest.raises(ExportError, match=r"took no plugin .* \(its parser looks for builtin, plugin, function\)"):
-        build(TensorRTDouble(), plugin=True)
+@pytest.mark.parametrize(("taken", "words"), [(0, "no"), (2, "2")])
+def test_a_plugin_that_the_parser_did_not_take_is_noticed(taken: int, words: str) -> None:
+    looked = rf"took {words} plugins for 3 functions of step\.onnx \(its parser looks for builtin, plugin, function\)"
+    with pytest.raises(ExportError, match=looked):
+        build(TensorRTDouble(layers=[("PLUGIN_V3", "FLOAT")] * taken), plugins=3)
 
 
 def test_the_form_of_the_recurrence_must_be_in_the_graph() -> None:
     assert chosen_wkv(None, "inline", "tensorrt", "10.3.0") == "inline"
     assert chosen_wkv(None, "function", "tensorrt-rtx", "1.7.1") == "function"
     assert chosen_wkv("plugin", "function", "tensorrt", "10.9.0") == "plugin"
+    assert chosen_wkv("plugin", "fused", "tensorrt", "10.9.0") == "plugin"
+    assert chosen_wkv(None, "fused", "tensorrt-rtx", "1.7.1") == "fused"
     refusals = [
         (("function", "inline", "tensorrt", "10.9.0"), "exported with --wkv function, but this one has inline"),
         (("inline", "function", "tensorrt", "10.9.0"), "exported with --wkv inline, but this one has function"),
         (("plugin", "inline", "tensorrt", "10.9.0"), "export the checkpoint with --wkv function"),
+        (("plugin", "inline", "tensorrt", "10.9.0"), "with --wkv function or fused, but this one has inline"),
+        (("function", "fused", "tensorrt", "10.9.0"), "exported with --wkv function, but this one has fused"),
+        (("plugin", "fused", "tensorrt", "10.8.0"), "build with --wkv fused"),
         (("plugin", "function", "tensorrt", "10.8.0"), "needs TensorRT 10.9 or later, but 10.8.0 is installed"),
         (("plugin", "function", "tensorrt-rtx", "1.7.1"), "TensorRT for RTX runs no plugins from Python"),
     ]
