@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from tiny import STEP_ONLY, process, refusal
 
 from rwkv_edge.cli import run
+from rwkv_edge.cli.chat import _Terminal
 from rwkv_edge.evaluation.demo import DEMO_CHECKPOINT
+from rwkv_edge.runtime.chat_templates import TEMPLATES
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals of POSIX")
 
@@ -145,6 +148,39 @@ def test_ctrl_c_at_the_prompt_leaves_the_line_not_the_chat(terminal: Terminal) -
 
 
 @posix
+def test_texts_of_several_lines(terminal: Terminal) -> None:
+    terminal.expect("> ")
+    terminal.type("one\\\n")
+    terminal.expect(r"one\\\r\n\. ")
+    terminal.type("two\n")
+    terminal.expect(r"two\r\n(?s:.){40}")
+    terminal.type("\x03")
+    terminal.expect(r"\(stopped\)\r\n\r\n> ")
+    terminal.type('"""three\n')
+    terminal.expect(r'"""three\r\n\. ')
+    terminal.type("/history\n")  # text, within the quotes
+    terminal.expect(r"/history\r\n\. ")
+    terminal.type("\n")
+    terminal.expect(r"\r\n\. ")
+    terminal.type('four"""\n')
+    terminal.expect(r'four"""\r\n(?s:.){40}')
+    terminal.type("\x03")
+    terminal.expect(r"\(stopped\)\r\n\r\n> ")
+    terminal.type("never said\\\n")
+    terminal.expect(r"\r\n\. ")
+    settle()
+    terminal.type("\x03")
+    terminal.expect(r"\(forgotten\)\r\n\r\n> ")
+    terminal.type("/help\n")
+    terminal.expect(r"goes on in the next line\r\n.*several lines")
+    terminal.type("/history\n")
+    said = terminal.expect(r"> one\r\ntwo\r\n(?s:.*?)> three\r\n/history\r\n\r\nfour\r\n(?s:.*?)\r\n\r\n> ")
+    assert "never said" not in said[0]
+    terminal.type("/quit\n")
+    assert terminal.wait() == 0
+
+
+@posix
 def test_the_window_may_change_at_any_time(terminal: Terminal) -> None:
     terminal.expect("> ")
     terminal.resize(10, 40)
@@ -206,6 +242,38 @@ def test_behind_a_pipe_each_line_is_a_turn(artifact: Path) -> None:
     assert lines[0] != ""
     again = process("chat", artifact, *common, stdin=b"abc\n\n//x\n/history")  # no line break at the end
     assert again.stdout == done.stdout
+
+
+SEVERAL = {
+    "backslash": ("one\\\n two\\\nthree\n", ["one\n two\nthree"]),
+    "quotes": ('  """one\n/help\n\n//two"""  \nthree\n', ["one\n/help\n\n//two", "three"]),
+    "one line": ('"""one"""\n', ["one"]),
+    "quotes within": ('say """x"""\n', ['say """x"""']),
+    "open at the end": ('"""one\ntwo', ["one\ntwo"]),
+    "going on at the end": ("one\\", ["one"]),
+    "a slash": ("//one\\\n/two\n", ["/one\n/two"]),
+    "nothing": ('"""\n"""\n\\\n\n', []),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_lines_behind_a_pipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, expected = SEVERAL[name]
+    asked: list[str] = []
+
+    class Asked:
+        """A conversation that only listens."""
+
+        template = TEMPLATES["none"]
+
+        def ask(self, said: str, stopped: object) -> Generator[str, None, str]:
+            asked.append(said)
+            yield "answer"
+            return "stop_text"
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    _Terminal(Asked(), False).run()  # type: ignore[arg-type]
+    assert asked == expected
 
 
 def test_lines_that_are_not_utf8(artifact: Path) -> None:

@@ -31,7 +31,12 @@ _HELP = """\
 /help          this list
 /quit          leave, as Ctrl-D does
 //…            a text that begins with a slash
+…\\             a text that goes on in the next line
+\"""…\"""        a text of several lines
 Ctrl-C stops an answer; what was said up to there counts."""
+
+_BLOCK = '"""'  # around a text of several lines
+_PROMPT, _MORE = "\n> ", ". "
 
 
 @click.command("chat", context_settings={"default_map": _DEFAULTS})
@@ -66,7 +71,8 @@ def command(
 ) -> None:
     """Talk with ARTIFACT in the terminal. /help lists what can be typed beside text.
 
-    Ctrl-C stops an answer, Ctrl-D leaves. Where standard input is no terminal, each line is a turn.
+    Ctrl-C stops an answer, Ctrl-D leaves. A line that ends in a backslash goes on in the next one, and three double
+    quotes stand around a text of several lines. Where standard input is no terminal, each line is a turn all the same.
 
     Example: rwkv-edge chat rwkv7-g1-0.1b-fp16 --template g1 --system "You answer in one sentence."
     """
@@ -122,26 +128,50 @@ class _Terminal:
         """The next line; None at the end."""
         while True:
             try:
-                return input("\n> " if self._interactive else "")
-            except EOFError:
-                if self._interactive:
-                    click.echo()
-                return None
+                return self._read(_PROMPT)
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
                 note("\n(Ctrl-D leaves)")
 
+    def _read(self, prompt: str) -> str | None:
+        try:
+            return input(prompt if self._interactive else "")
+        except EOFError:
+            if self._interactive:
+                click.echo()
+            return None
+
     def _do(self, line: str) -> None:
         text = line.strip()
-        if text.startswith("//"):
-            return self._print(self._chat.ask(text[1:], self._stopped))
-        if not text.startswith("/"):
-            return self._print(self._chat.ask(line, self._stopped)) if text else None
+        if text.startswith("/") and not text.startswith("//"):
+            return self._command(text)
+        try:
+            said = self._whole(line.replace("//", "/", 1) if text.startswith("//") else line)
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            return note("\n(forgotten)")
+        return self._print(self._chat.ask(said, self._stopped)) if said.strip() else None
+
+    def _command(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
         if name not in self._commands:
             raise InputError(f"there is no command '/{name}'; /help lists them, and // begins a text with a slash")
         return self._commands[name](rest.strip())
+
+    def _whole(self, first: str) -> str:
+        """A text with the lines that it goes on in; the end of the input ends it too."""
+        quoted = first.lstrip().startswith(_BLOCK)
+        lines = [first.lstrip().removeprefix(_BLOCK)] if quoted else [first]
+        while not lines[-1].rstrip().endswith(_BLOCK) if quoted else lines[-1].endswith("\\"):
+            more = self._read(_MORE)
+            if more is None:
+                break
+            lines.append(more)
+        if quoted:
+            return "\n".join(lines).rstrip().removesuffix(_BLOCK)
+        return "\n".join(line.removesuffix("\\") for line in lines)
 
     def _print(self, pieces: Generator[str, None, Ending]) -> None:
         from rwkv_edge.runtime.chat_draft import Visible
