@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -94,7 +95,9 @@ def run(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding, a path that is not UTF-8
     try:
-        code = cli.main(args=arguments, prog_name="rwkv-edge", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warned
+            code = cli.main(args=arguments, prog_name="rwkv-edge", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):  # click's name for Ctrl-C, and Ctrl-C around click
         return _failed("stopped", 130)
     except click.ClickException as error:
@@ -110,6 +113,11 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit:  # click's way out where the reader of a pipe has left
         return 1
     return code if isinstance(code, int) else 0  # click returns the code of `ctx.exit`
+
+
+def _warned(message: Warning | str, *_: object) -> None:
+    """One line, without the place in the source that Python would tell."""
+    click.echo(printable(f"Warning: {message}"), err=True)
 
 
 def _failed(message: str, code: int) -> int:

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -203,3 +204,16 @@ def test_a_misspelt_command_is_answered_with_the_right_one(capsys: pytest.Captur
     assert "No such command 'exprot'. Did you mean 'export'?" in capsys.readouterr().err
     assert run(["zzz"]) == 2
     assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.showwarning
+
+    def warns() -> None:
+        warnings.simplefilter("always")
+        warnings.warn("steps run without CUDA graphs,\nwhich is slower", RuntimeWarning, stacklevel=1)
+
+    monkeypatch.setattr(LEAVES["doctor"], "callback", lambda as_json: warns())
+    assert run(["doctor"]) == 0
+    assert capsys.readouterr() == ("", "Warning: steps run without CUDA graphs,\\nwhich is slower\n")
+    assert warnings.showwarning is before
