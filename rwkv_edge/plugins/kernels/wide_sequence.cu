@@ -1,0 +1,210 @@
+// The recurrence of RWKV-7 over T tokens. A block has ROWS * CONSUMERS / LANES rows of the state of one head of one stream,
+// in registers from the first token to the last; other warps of it prepare the vectors of the tokens to come.
+//
+// A consumer has ROWS rows and every LANES-th quad of their columns. While a token updates S, the product S kk of the
+// next token is summed too, so that a token costs one round of shuffles; sums for y are exchanged once a chunk. Three
+// buffers of CHUNK tokens: one is read, the next is ready (its first kk is read with the last token), one is filled.
+// Tokens past T leave S as it is (w = 1, all else 0), so that the loop over a chunk unrolls.
+//
+// Further parameters: CONSUMERS, ROWS, LANES, CHUNK. Grid (blocks of rows, H, B). r, w, k, v, a, y [M, A] float, bonus
+// [M, H]; state [B, H, HEAD, HEAD], updated in place unless halted[b].
+// Dynamic shared memory: 3 * CHUNK * (5 * WIDE + HEAD) floats, WIDE = 4 * LANES * QUADS.
+#include "wide_wkv.cuh"
+
+constexpr int QUADS = (HEAD / 4 + LANES - 1) / LANES;
+constexpr int WIDE = QUADS * LANES * 4;  // HEAD, padded with zeros
+constexpr int TOKEN = 5 * WIDE + HEAD, BUFFER = CHUNK * TOKEN;
+constexpr int PRODUCERS = WARPS - CONSUMERS / 32;  // warps
+constexpr int EACH = CHUNK / PRODUCERS;             // tokens of a warp
+static_assert(EACH * PRODUCERS == CHUNK, "warps share a chunk evenly");
+enum Part { R = 0, W = WIDE, K = 2 * WIDE, KK = 3 * WIDE, B = 4 * WIDE, V = 5 * WIDE };
+
+struct Inputs {
+    const float *r, *w, *k, *v, *a;
+    float* bonus;  // of this head, null where another block writes it
+    long long origin;  // of the first token's channels
+    int tokens, heads;
+};
+
+// A producer warp: its tokens of a chunk, asked for one chunk before they are prepared.
+struct Producer {
+    Row row[EACH];
+
+    // `start`: first token of the chunk
+    __device__ __forceinline__ int token(int start, int i) const {
+        return start + (threadIdx.x / 32 - CONSUMERS / 32) * EACH + i;
+    }
+    __device__ __forceinline__ void load(const Inputs& in, int start) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int t = token(start, i);
+            row[i].load(in.r, in.w, in.k, in.v, in.a, in.origin + static_cast<long long>(t) * INNER, t < in.tokens);
+        }
+    }
+    __device__ __forceinline__ void put(float* buffer, const Inputs& in, const Head& head, int start) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int t = token(start, i);
+            float kk[CHANNELS], b[CHANNELS];
+            const float bonus = head.prepare(row[i], kk, b);
+            if (in.bonus && threadIdx.x % 32 == 0 && t < in.tokens) in.bonus[static_cast<long long>(t) * in.heads] = bonus;
+            float* const to = buffer + token(0, i) * TOKEN;
+#pragma unroll
+            for (int c = 0; c < CHANNELS; ++c) {
+                const int n = threadIdx.x % 32 + 32 * c;
+                if (n >= HEAD) continue;
+                to[R + n] = row[i].r[c], to[W + n] = row[i].w[c], to[K + n] = row[i].k[c];
+                to[KK + n] = kk[c], to[B + n] = b[c], to[V + n] = row[i].v[c];
+            }
+        }
+    }
+};
+
+// Sums over groups of LANES of CHUNK values; afterwards a lane has `count` of them, those from `base` on.
+__device__ __forceinline__ int exchange(float (&x)[CHUNK], int lane) {
+    int base = 0, count = CHUNK;
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) {
+        const bool upper = lane & step;
+        if (count > 1) {
+            count /= 2;
+#pragma unroll
+            for (int e = 0; e < CHUNK / 2; ++e) {
+                if (e >= count) continue;
+                const float kept = upper ? x[e + count] : x[e], sent = upper ? x[e] : x[e + count];
+                x[e] = kept + __shfl_xor_sync(EVERY_LANE, sent, step);
+            }
+            base += upper ? count : 0;
+        } else {
+            x[0] += __shfl_xor_sync(EVERY_LANE, x[0], step);
+        }
+    }
+    return base;
+}
+constexpr int LEFT = CHUNK > LANES ? CHUNK / LANES : 1;  // values of a lane after that
+
+struct State {
+    float s[ROWS][QUADS][4], removed[ROWS];
+
+    // removed = S kk of the first token
+    __device__ __forceinline__ void start(const float* kk, int lane) {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            removed[i] = 0.0f;
+#pragma unroll
+            for (int q = 0; q < QUADS; ++q) {
+                float column[4];
+                load4(column, kk + (lane + q * LANES) * 4);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) removed[i] += s[i][q][e] * column[e];
+            }
+            removed[i] = sum_lanes<LANES>(removed[i]);
+        }
+    }
+    // one token; `next_kk` is of the token after it, `row` the first of this thread's
+    __device__ __forceinline__ void advance(const float* token, const float* next_kk, int lane, int row, float (&out)[ROWS]) {
+        float next[ROWS] = {}, value[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) out[i] = 0.0f, value[i] = token[V + row + i];
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q) {
+            const int at = (lane + q * LANES) * 4;
+            float r[4], w[4], k[4], b[4], kk[4];
+            load4(w, token + W + at), load4(k, token + K + at), load4(b, token + B + at);
+            load4(kk, next_kk + at), load4(r, token + R + at);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) {
+                    float& x = s[i][q][e];
+                    x = x * w[e] + value[i] * k[e] + removed[i] * b[e];
+                    next[i] += x * kk[e];
+                    out[i] += x * r[e];
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) removed[i] = sum_lanes<LANES>(next[i]);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) KERNEL(
+    Number tokens, const float* __restrict__ r, const float* __restrict__ w, const float* __restrict__ k,
+    const float* __restrict__ v, const float* __restrict__ a, const float* __restrict__ k_k,
+    const float* __restrict__ k_a, const float* __restrict__ r_k, const int* __restrict__ halted, float* state,
+    float* __restrict__ y, float* __restrict__ bonus) {
+    extern __shared__ float4 shared[];
+    float* const buffers = reinterpret_cast<float*>(shared);
+    const int count = static_cast<int>(tokens), heads = INNER / HEAD, head_at = blockIdx.y, b = blockIdx.z;
+    const bool consumes = threadIdx.x < CONSUMERS;
+    const int lane = threadIdx.x % LANES;
+    const int row = (blockIdx.x * (CONSUMERS / LANES) + threadIdx.x / LANES) * ROWS;
+    const int safe_row = row < HEAD ? row : 0;  // rows past the head compute what nobody reads
+    const long long first = static_cast<long long>(b) * count;
+    const Inputs in = {r, w, k, v, a, blockIdx.x == 0 ? bonus + first * heads + head_at : nullptr,
+                       first * INNER + head_at * HEAD, count, heads};
+    float* const corner = state + (static_cast<long long>(b) * heads + head_at) * HEAD * HEAD;
+    for (int at = threadIdx.x; at < 3 * BUFFER; at += THREADS) buffers[at] = 0.0f;  // what pads a head
+    const Head head(k_k, k_a, r_k, head_at * HEAD);
+    State mine;
+    if (consumes)
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+            for (int q = 0; q < QUADS; ++q) {
+                const int column = (lane + q * LANES) * 4;
+                Packed<float> quad = zero4<float>();
+                if (row < HEAD && column < HEAD) quad = fetch4(corner + (row + i) * HEAD + column);
+                widen4(mine.s[i][q], quad);
+            }
+    wait_for_rows();
+    __syncthreads();
+    Producer producer;
+    if (!consumes) {
+        producer.load(in, 0), producer.put(buffers, in, head, 0);
+        producer.load(in, CHUNK), producer.put(buffers + BUFFER, in, head, CHUNK);
+        producer.load(in, 2 * CHUNK);
+    }
+    __syncthreads();
+    if (consumes) mine.start(buffers + KK, lane);
+
+    int now = 0;
+#pragma unroll 1
+    for (int start = 0; start < count; start += CHUNK) {
+        const int next = now == 2 ? 0 : now + 1, last = next == 2 ? 0 : next + 1;
+        if (consumes) {
+            const float* const chunk = buffers + now * BUFFER;
+            float out[ROWS][CHUNK];
+#pragma unroll
+            for (int t = 0; t < CHUNK; ++t) {
+                float sums[ROWS];
+                const float* const kk = t + 1 < CHUNK ? chunk + (t + 1) * TOKEN + KK : buffers + next * BUFFER + KK;
+                mine.advance(chunk + t * TOKEN, kk, lane, safe_row, sums);
+#pragma unroll
+                for (int i = 0; i < ROWS; ++i) out[i][t] = sums[i];
+            }
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) {
+                const int base = exchange(out[i], lane);
+#pragma unroll
+                for (int e = 0; e < LEFT; ++e) {
+                    const int t = start + base + e;
+                    if (row < HEAD && t < count && lane < CHUNK)
+                        y[in.origin + static_cast<long long>(t) * INNER + row + i] = out[i][e];
+                }
+            }
+        } else {
+            producer.put(buffers + last * BUFFER, in, head, start + 2 * CHUNK);
+            producer.load(in, start + 3 * CHUNK);
+        }
+        __syncthreads();
+        now = next;
+    }
+    if (consumes && halted[b] == 0)
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+            for (int q = 0; q < QUADS; ++q) {
+                const int column = (lane + q * LANES) * 4;
+                if (row < HEAD && column < HEAD) store4(corner + (row + i) * HEAD + column, mine.s[i][q]);
+            }
+}

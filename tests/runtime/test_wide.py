@@ -1,0 +1,205 @@
+"""Prompts and large batches through the wide CUDA kernels, against ONNX Runtime on the CPU and against single steps.
+
+Everything runs twice: on a GPU where there is one, and with numpy in the kernels' place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cuda_double
+import numpy as np
+import pytest
+
+from rwkv_edge.artifact import Artifact
+from rwkv_edge.checkpoints import open_checkpoint
+from rwkv_edge.evaluation.synthetic import Shape7, random_v7, save_pth
+from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
+from rwkv_edge.plugins.fused_spec import FusedKernel
+from rwkv_edge.runtime.cuda import CudaSession
+from rwkv_edge.runtime.cuda_pieces import CHUNKS, MOST_ROWS
+from rwkv_edge.runtime.onnxruntime import OrtSession
+
+SHAPES = {
+    "one head": Shape7(2, 64, 256, 64, 4, (32, 32, 16, 32)),
+    "many heads": Shape7(3, 192, 320, 32, 4, (16, 8, 8, 48)),
+    "wide heads": Shape7(2, 256, 512, 128, 3.5, (64, 64, 32, 128)),
+    "narrow heads": Shape7(2, 72, 264, 8, 3, (8, 8, 8, 16)),
+    "one layer": Shape7(1, 128, 256, 64, 4, (32, 32, 16, 32)),
+    "1.5B's widths": Shape7(2, 2048, 4096, 64, 4, (96, 96, 64, 256)),
+}
+TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+"""Over the oracle's largest value. In 16 bits it is the rounding of the weights and of what feeds a product."""
+Sessions = tuple[CudaSession, OrtSession, float]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Artifacts by shape and precision, made when first asked for."""
+    folder = tmp_path_factory.mktemp("wide")
+
+    class Lazy(dict[tuple[str, str], Path]):
+        def __missing__(self, key: tuple[str, str]) -> Path:
+            name, precision = key
+            self[key] = folder / f"{name}-{precision}"
+            checkpoint = save_pth(random_v7(SHAPES[name]), folder / f"{name}.pth")
+            options = ExportOptions(precision=precision, chunks=(), batch=None, tokenizer="none")
+            export_checkpoint(open_checkpoint(checkpoint), self[key], options)
+            return self[key]
+
+    return Lazy()
+
+
+CASES = [
+    pytest.param((where, name, precision), id=f"{where}-{name}-{precision}", marks=[pytest.mark.gpu] * (where == "gpu"))
+    for where in ("numpy", "gpu")
+    for name in SHAPES
+    for precision in TOLERANCE
+    if precision == ("fp16" if where == "gpu" else "fp32") or name == "many heads"
+    if where == "gpu" or SHAPES[name].n_embd < 1024
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def sessions(request: pytest.FixtureRequest, artifacts: dict[tuple[str, str], Path]) -> Iterator[Sessions]:
+    """The wide kernels, the CPU in float32, and how far they may be apart."""
+    where, name, precision = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "gpu":
+            request.getfixturevalue("gpu")
+        else:
+            patch.setattr("rwkv_edge.runtime.cuda.Driver", cuda_double.Driver)
+            patch.setattr(FusedKernel, "ptx", cuda_double.described)
+        session = CudaSession(Artifact.open(artifacts[name, precision]))
+        oracle = OrtSession(Artifact.open(artifacts[name, "fp32"]))
+        yield session, oracle, TOLERANCE[precision]
+        session.close()
+        oracle.close()
+
+
+def random_state(session: OrtSession, batch: int, seed: int = 1) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return {t.name: draw.normal(0, 0.5, (batch, *t.shape)).astype(np.float32) for t in session.spec.state}
+
+
+def random_tokens(session: OrtSession, batch: int, count: int, seed: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, session.spec.vocab_size, (batch, count))
+
+
+def apart(found: np.ndarray, expected: np.ndarray) -> float:
+    assert np.isfinite(found).all()
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def assert_states(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    for name in expected:
+        assert apart(found[name], expected[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize(("batch", "count"), [(1, 2), (1, 41), (3, 8), (7, 5), (2, 67)])
+def test_prompts(sessions: Sessions, batch: int, count: int) -> None:
+    """From a state that is not zero; single steps follow, and a second prompt."""
+    session, oracle, tolerance = sessions
+    arrays, tokens = random_state(oracle, batch), random_tokens(oracle, batch, count)
+    state, other = session.import_state(arrays), oracle.import_state(arrays)
+    for _ in range(3):  # as kernels, captured, as a graph; side by side
+        assert apart(session.prefill(tokens, state), oracle.prefill(tokens, other)) <= tolerance
+        for row in tokens.T[:2]:
+            assert apart(session.step(row, state), oracle.step(row, other)) <= tolerance
+    assert_states(session.export_state(state), oracle.export_state(other), tolerance)
+
+
+@pytest.mark.parametrize("batch", [9, 16, 33, 65])
+def test_steps_of_large_batches(sessions: Sessions, batch: int) -> None:
+    session, oracle, tolerance = sessions
+    arrays = random_state(oracle, batch)
+    state, other = session.import_state(arrays), oracle.import_state(arrays)
+    for row in random_tokens(oracle, batch, 5).T:
+        assert apart(session.step(row, state), oracle.step(row, other)) <= tolerance
+    assert_states(session.export_state(state), oracle.export_state(other), tolerance)
+
+
+def test_chunks_are_steps(sessions: Sessions) -> None:
+    """Repeated tokens too, which make decays and removal keys of all tokens alike."""
+    session, oracle, tolerance = sessions
+    arrays = random_state(oracle, 2)
+    for tokens in (random_tokens(oracle, 2, 77), np.full((2, 77), 5)):
+        state, other = session.import_state(arrays), session.import_state(arrays)
+        logits = session.prefill(tokens, state)
+        for row in tokens.T:
+            expected = session.step(row, other)
+        assert apart(logits, expected) <= tolerance
+        assert_states(session.export_state(state), session.export_state(other), tolerance)
+
+
+def test_score(sessions: Sessions) -> None:
+    session, oracle, tolerance = sessions
+    arrays, tokens = random_state(oracle, 3), random_tokens(oracle, 3, 75)
+    state, other = session.import_state(arrays), oracle.import_state(arrays)
+    assert apart(session.score(tokens, state), oracle.score(tokens, other)) <= tolerance
+    assert_states(session.export_state(state), oracle.export_state(other), tolerance)
+
+
+def test_watched_prompt(sessions: Sessions) -> None:
+    """Told after every chunk; the state may be read then."""
+    session, oracle, tolerance = sessions
+    tokens = random_tokens(oracle, 2, 13)
+    state, seen = session.initial_state(2), []
+
+    def watch(count: int, logits: np.ndarray) -> None:
+        seen.append((count, logits.copy(), session.export_state(state)))
+
+    last = session.prefill(tokens, state, watch)
+    assert [count for count, _, _ in seen] == [8, 12, 13]
+    np.testing.assert_array_equal(seen[-1][1], last)
+    for count, logits, arrays in seen:
+        other = oracle.initial_state(2)
+        assert apart(logits, oracle.prefill(tokens[:, :count], other)) <= tolerance
+        assert_states(arrays, oracle.export_state(other), tolerance)
+
+
+def test_buffers_are_written_before_they_are_read(sessions: Sessions) -> None:
+    """Buffers full of NaN leave none behind."""
+    session, oracle, _ = sessions
+    arrays, tokens = random_state(oracle, 3), random_tokens(oracle, 3, 7)
+    expected = session.score(tokens, session.import_state(arrays))
+    session._pieces.fill_with_nan()
+    np.testing.assert_array_equal(session.score(tokens, session.import_state(arrays)), expected)
+    many = np.arange(20) % session.spec.vocab_size
+    expected = session.step(many, session.initial_state(20))
+    session._pieces.fill_with_nan()
+    np.testing.assert_array_equal(session.step(many, session.initial_state(20)), expected)
+
+
+def test_greedy_choice_of_large_batches(sessions: Sessions) -> None:
+    session, _, _ = sessions
+    tokens = np.arange(20) % session.spec.vocab_size
+    state, other = session.initial_state(20), session.initial_state(20)
+    chosen = session.greedy(tokens, state, 5)
+    for t in range(5):
+        tokens = session.step(tokens, other).argmax(1)
+        np.testing.assert_array_equal(chosen[:, t], tokens)
+
+
+def test_halted_streams_stay(sessions: Sessions) -> None:
+    """In prompts and in steps of many."""
+    session, oracle, _ = sessions
+    for batch, tokens in ((3, random_tokens(oracle, 3, 6)), (11, random_tokens(oracle, 11, 1))):
+        state = session.import_state(random_state(oracle, batch))
+        before = session.export_state(state)
+        flags = np.zeros(batch, np.int32)
+        flags[1] = 1
+        session._driver.upload(flags, state.halted)
+        session.prefill(tokens, state)
+        for name, array in session.export_state(state).items():
+            np.testing.assert_array_equal(array[1], before[name][1])
+            assert not np.array_equal(array[2], before[name][2])
+
+
+def test_rows_of_a_chain_are_bounded(sessions: Sessions) -> None:
+    session, _, _ = sessions
+    for batch in (1, 3, 100, MOST_ROWS, 3 * MOST_ROWS):
+        with session._pieces.uploaded(np.zeros((batch, CHUNKS[0] + 3), np.int64)) as pieces:
+            assert sum(piece.tokens for piece in pieces) == CHUNKS[0] + 3
+            assert all(piece.tokens == 1 or piece.tokens * batch <= MOST_ROWS for piece in pieces)
