@@ -61,7 +61,8 @@ def place_of(size: str, layers: int | None, form: str, work: Path) -> Path:
 
 def checkpoint_place(size: str, layers: int | None, work: Path) -> Path:
     """The .pth of all layers; repeated blocks lie in it once."""
-    return place_of(size, layers, FLOAT, work).with_suffix(".pth")
+    place = place_of(size, layers, FLOAT, work)
+    return place.with_name(f"{place.name}.pth")  # "0.1B" holds a dot
 
 
 def float_artifact(size: str, layers: int | None, work: Path) -> Path:

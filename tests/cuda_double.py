@@ -12,10 +12,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import cuda_sampling_double
+import cuda_wide_double
 import numpy as np
 
 from rwkv_edge.errors import SessionError
 from rwkv_edge.plugins.fused_spec import FusedKernel, rounded_up
+from rwkv_edge.plugins.wide import EVERY_GRID
 from rwkv_edge.spec import float32_from_stored, numpy_dtype, stored_from_float32
 
 DTYPES = {"Float": "float32", "Half": "float16", "Brain": "bfloat16"}
@@ -29,7 +32,7 @@ def described(kernel: FusedKernel, capability: int) -> str:
 class Driver:
     """See `rwkv_edge.runtime.cuda_driver.Driver`."""
 
-    capability, name, block_shared = 90, "numpy", 99 << 10
+    capability, name, block_shared, multiprocessors = 90, "numpy", 99 << 10, 8
     streams: ClassVar[dict[int, Driver]] = {}  # handle → whose stream it is; for libraries that enqueue on one
 
     def __init__(self, ordinal: int = 0, memory: int = 1 << 34) -> None:
@@ -61,11 +64,12 @@ class Driver:
 
     def memory(self, pointer: int, nbytes: int) -> np.ndarray:
         """A view; what lies outside an allocation is an error, as compute-sanitizer would say."""
-        starts = sorted(self._blocks)
+        blocks = self._blocks | self._pinned  # the device reaches both
+        starts = sorted(blocks)
         start = starts[bisect.bisect_right(starts, pointer) - 1]
         assert start <= pointer, "an address that was never allocated"
-        assert pointer + nbytes <= start + self._blocks[start].nbytes, "out of bounds"
-        return self._blocks[start][pointer - start : pointer - start + nbytes]
+        assert pointer + nbytes <= start + blocks[start].nbytes, "out of bounds"
+        return blocks[start][pointer - start : pointer - start + nbytes]
 
     def view(self, pointer: int, shape: Sequence[int], dtype: str = "float32") -> np.ndarray:
         found = numpy_dtype(dtype)
@@ -108,6 +112,9 @@ class Driver:
 
     def synchronize(self) -> None: ...
 
+    def event(self) -> Event:
+        return Event()
+
     def function(self, ptx: str, name: str, shared: int = 0) -> dict[str, Any]:
         return json.loads(ptx)
 
@@ -120,9 +127,9 @@ class Driver:
         pointers: Sequence[int],
         early: bool,
     ) -> None:
-        assert list(grid) == function["grid"]
+        assert function["grid"] in (list(grid), list(EVERY_GRID))
         run = KERNELS[function["source"]]
-        self._do(lambda: run(Arguments(self, function, list(pointers))))
+        self._do(lambda: run(Arguments(self, {**function, "grid": list(grid)}, list(pointers))))
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[Graph]:
@@ -151,6 +158,21 @@ class Driver:
             work()
         else:
             self.recording.append(work)
+
+
+class Event:
+    """What ran by now: everything."""
+
+    def __init__(self) -> None:
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def wait(self) -> None:
+        assert self.recorded, "nothing would end this wait"
+
+    def close(self) -> None: ...
 
 
 class Graph:
@@ -182,17 +204,17 @@ class Arguments:
         stored = self.driver.view(self.pointers.pop(0), shape, dtype)
         return stored.copy() if dtype == "int32" else float32_from_stored(stored.copy(), dtype)
 
-    def matrices(self, *shapes: tuple[int, int]) -> list[np.ndarray]:
-        """The next arguments are matrices, then come their scales."""
+    def matrices(self, *shapes: tuple[int, int], bit: int = 0) -> list[np.ndarray]:
+        """The next arguments are matrices, the first of them the kernel's ``bit``-th; then come their scales."""
         pointers, scales = self.pointers[: len(shapes)], self.pointers[len(shapes) : 2 * len(shapes)]
         rest = self.pointers[2 * len(shapes) :]
         found = []
-        for bit, (shape, matrix, scale) in enumerate(zip(shapes, pointers, scales, strict=True)):
-            if self.INT8 >> bit & 1:
+        for at, (shape, matrix, scale) in enumerate(zip(shapes, pointers, scales, strict=True), bit):
+            if self.INT8 >> at & 1:
                 self.pointers = [matrix, scale]
                 integers = self.driver.view(self.pointers.pop(0), shape, "int8").astype(np.float32)
                 found.append(integers * self.take(shape[1], dtype=self.act))
-            elif self.INT4 >> bit & 1:
+            elif self.INT4 >> at & 1:
                 self.pointers = [matrix, scale]
                 found.append(self.int4(shape))
             else:
@@ -293,6 +315,7 @@ def wkv(a: Arguments) -> None:
         v = v + (first - v) * sigmoid(halves[3] + a.take(*shape, dtype=a.act))
     k_k, k_a, r_k, weight, bias = (a.take(*shape) for _ in range(5))
     state = old = a.take(batch, heads, a.HEAD, a.HEAD)
+    outputs = a.matrices((a.INNER, a.WIDTH), bit=1) if a.OUT else []
     halted = a.halted(batch)
     kk = k * k_k
     kk /= np.maximum(np.linalg.norm(kk, axis=-1, keepdims=True), 1e-12)
@@ -301,6 +324,8 @@ def wkv(a: Arguments) -> None:
     state = state * decay[:, :, None] - removed[..., None] * (kk * rate)[:, :, None] + v[..., None] * k[:, :, None]
     y = normed(np.einsum("bhij,bhj->bhi", state, r), 64e-5) * weight + bias
     y = (y + (r * k * r_k).sum(-1, keepdims=True) * v) * halves[2]
+    if outputs:  # a partial sum for each head
+        y = np.einsum("bhi,hij->hbj", y, outputs[0].reshape(heads, a.HEAD, a.WIDTH))
     a.give(y)
     a.give(np.where(halted[:, None, None, None], old, state))
     a.done()
@@ -331,7 +356,7 @@ def channel_mix_in(a: Arguments) -> None:
 def head(a: Arguments) -> None:
     x = residual(a)
     weight, bias = (a.take(a.WIDTH, dtype=a.act) for _ in range(2))
-    logits = (normed(x, 1e-5) * weight + bias) @ a.matrices((a.WIDTH, a.VOCABULARY))[0]
+    logits = (normed(x, 1e-5) * weight + bias) @ a.matrices((a.WIDTH, a.HEAD_COLUMNS))[0][:, : a.VOCABULARY]
     a.give(logits)
     blocks = [logits[:, i : i + a.TILE] for i in range(0, a.VOCABULARY, a.TILE)]
     a.give(np.stack([b.max(1) for b in blocks], 1))
@@ -347,6 +372,8 @@ def argmax(a: Arguments) -> None:
 
 
 KERNELS: dict[str, Callable[[Arguments], None]] = {
+    **cuda_sampling_double.KERNELS,
+    **cuda_wide_double.KERNELS,
     "v7_time_mix_in.cu": time_mix_in,
     "v7_wkv.cu": wkv,
     "v7_project.cu": project,

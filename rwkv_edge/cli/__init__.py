@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "Compare an artifact with its checkpoint, token by token.",
     "eval": "Measure how well an artifact predicts a text, and how far it is from another.",
     "bench": "Measure the speed of an artifact, after a check that it runs right.",
+    "tune": "Find the fastest choices of our CUDA kernels for an artifact and this GPU.",
     "report": "Write one HTML page about what eval, bench and the others found.",
     "generate": "Continue a text.",
     "chat": "Talk with a model in the terminal.",

@@ -30,6 +30,7 @@ from rwkv_edge.plugins.fused_spec import (
     Stored,
     Tuning,
     check_tile,
+    head_columns,
     ring_bytes,
     rounded_up,
 )
@@ -131,17 +132,22 @@ class Kernels(ABC):
     def channel_mix(self, layer: int) -> tuple[FusedKernel, ...]:
         """The second half."""
 
+    def time_mix_parts(self, layer: int) -> int:
+        """Partial sums that the time mix of a layer leaves for the residual stream."""
+        del layer
+        return self.tuning.time_mix_out.split
+
     def columns(self) -> Mapping[str, int]:
         """What an artifact may hold in int8 or int4, with its columns that a block must divide."""
         d = self.dimensions
         found = {f"att.{name}": d.inner for name in ("receptance", "key", "value")}
         found |= {"att.output": d.width, "ffn.key": d.hidden, "ffn.value": d.width}
-        return {**found, "head": d.vocabulary, EMBEDDING: d.width}
+        return {**found, "head": head_columns(d.vocabulary), EMBEDDING: d.width}
 
     def buffers(self) -> dict[str, int]:
         """What the kernels hand on, by name: how many floats for each stream."""
         d, tuning = self.dimensions, self.tuning
-        split = max(tuning.time_mix_out.split, tuning.channel_mix_out.split)
+        split = max(tuning.channel_mix_out.split, *(self.time_mix_parts(layer) for layer in range(max(d.layers, 1))))
         return {
             "stream.0": d.width, "stream.1": d.width, "parts": d.width * split, "y": d.inner, "hidden": d.hidden,
             "best": self.head_blocks, "best_at": self.head_blocks,
@@ -152,7 +158,7 @@ class Kernels(ABC):
         d, choice = self.dimensions, self.tuning.head
         return self._kernel(
             "head",
-            {"VOCABULARY": d.vocabulary, "HALVE": self._halves(d.layers)},
+            {"VOCABULARY": d.vocabulary, "HEAD_COLUMNS": head_columns(d.vocabulary), "HALVE": self._halves(d.layers)},
             choice,
             self._products("", ("head",)),
             ("stream", "parts", "ln_out.weight", "ln_out.bias", "head", "head.scale"),
@@ -214,7 +220,7 @@ class Kernels(ABC):
         }  # fmt: skip
         for i, product in enumerate(products):
             defines |= {f"COLUMNS_{i}": product.columns, f"FINISH_{i}": product.finish}
-        parts = tuning.channel_mix_out.split if att else tuning.time_mix_out.split
+        parts = tuning.channel_mix_out.split if att else self.time_mix_parts(layer)
         return self._kernel(
             "mix_in",
             defines,
@@ -266,10 +272,14 @@ class Kernels(ABC):
         rows: int = 0,
         ring: int = 0,
         parts: int = 0,
+        more: int = 0,
         batch: int | None = None,
         halts: bool = False,
     ) -> FusedKernel:
-        """A kernel; ``rows`` are those of the matrices that it multiplies with inputs in shared memory, 0 for none."""
+        """A kernel; ``rows`` are those of the matrices that it multiplies with inputs in shared memory, 0 for none.
+
+        Without ``rows``, ``ring`` and ``more`` are the bytes of shared memory for loads in flight, and behind them.
+        """
         d, streams = self.dimensions, batch or self.batch
         check_tile(source, choice, products, d.dtype, streams, rows)
         halts = halts and self._halting
@@ -292,7 +302,7 @@ class Kernels(ABC):
             outputs=outputs,
             grid=grid,
             threads=choice.threads,
-            shared=ring + 4 * streams * pitch,
+            shared=ring + 4 * streams * pitch + more,
         )
 
     def _fitting(self, source: str, choice: Choice, products: Products, rows: int, streams: int) -> Choice:

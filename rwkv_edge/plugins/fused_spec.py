@@ -78,7 +78,7 @@ class Dimensions:
     def __post_init__(self) -> None:
         if self.dtype not in TYPES:
             raise InputError(f"the fused kernels take {', '.join(TYPES)}; found {self.dtype!r}")
-        sizes = {name: getattr(self, name) for name in ("width", "inner", "hidden", "head_size", "vocabulary")}
+        sizes = {name: getattr(self, name) for name in ("width", "inner", "hidden", "head_size")}
         sizes |= {name: getattr(self, name) for name in RANKS}
         for name, size in sizes.items():
             if size % ALIGNMENT:
@@ -134,6 +134,8 @@ class Tuning:
         head: see `Choice`.
         skip: rows of the value matrix whose input is zero are not read.
         eager: a kernel lets the next one in before it waits itself, so that more than two are under way.
+        merge: the recurrence's blocks multiply by the output matrix too: a kernel less, and a partial sum for each head
+            that the next one reads. RWKV-7, one stream; loads in flight are those of ``time_mix_out``.
     """
 
     time_mix_in: Choice = Choice(32)
@@ -144,6 +146,7 @@ class Tuning:
     head: Choice = Choice(64)
     skip: bool = True
     eager: bool = True
+    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,9 @@ class Products:
     forms: frozenset[str | None] = frozenset()
 
 
-def ring_bytes(rows: int, choice: Choice, form: str | None, dtype: str, batch: int, block: int = 1) -> int:
+def ring_bytes(
+    rows: int, choice: Choice, form: str | None, dtype: str, batch: int, block: int = 1, span: int | None = None
+) -> int:
     """Bytes of shared memory for the loads of a product in flight: ``Columns::ROOM`` of fused.cuh.
 
     Args:
@@ -197,11 +202,12 @@ def ring_bytes(rows: int, choice: Choice, form: str | None, dtype: str, batch: i
         dtype: of matrices that are in neither.
         batch: streams.
         block: inputs that share a scale in int4.
+        span: threads that read a row; None where the lanes of a warp read one of the tile.
     """
     if not rows:
         return 0
     load = _load4(batch) if form == "int4" else LOAD
-    groups = choice.threads // _power_from(-(-choice.tile // _per_load(form, dtype, batch)))
+    groups = choice.threads // (span or _power_from(-(-choice.tile // per_load(form, dtype, batch))))
     if form == "int4":
         share = min(_power_up_to(groups // (rows // block)), block // 4)
         turns = -(-(rows // block) // (groups // share)) * (block // share)
@@ -219,7 +225,7 @@ def _load4(batch: int) -> int:
     return 4 if batch > 4 else 8 if batch > 2 else LOAD
 
 
-def _per_load(form: str | None, dtype: str, batch: int) -> int:
+def per_load(form: str | None, dtype: str, batch: int) -> int:
     """Weights of one load."""
     if form == "int4":
         return 2 * _load4(batch)
@@ -230,12 +236,17 @@ def check_tile(source: str, choice: Choice, products: Products, dtype: str, batc
     """Refuse tiles that a warp does not read, or whose sums the threads do not finish evenly."""
     if not rows:
         return
-    loads = [_per_load(form, dtype, batch) for form in products.forms]
+    loads = [per_load(form, dtype, batch) for form in products.forms]
     least, most = max(loads), min(*(load * WARP for load in loads), choice.threads)
     if choice.tile < least or choice.tile & (choice.tile - 1) or choice.tile > most:
         raise InputError(
             f"a tile of {source} must be a power of two from {least} to {most} columns; found {choice.tile}"
         )
+
+
+def head_columns(vocabulary: int) -> int:
+    """Columns that the head has on the device: zeros up to a multiple of what a load takes in any form."""
+    return rounded_up(vocabulary, max(COLUMNS.values()))
 
 
 def rounded_up(size: int, unit: int) -> int:

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from rwkv_edge.errors import InputError
 from rwkv_edge.plugins.fused import Kernels, Mixed
-from rwkv_edge.plugins.fused_spec import EMBEDDING, FROM_TOKENS, Dimensions, FusedKernel, ring_bytes
+from rwkv_edge.plugins.fused_spec import (
+    EMBEDDING,
+    FROM_TOKENS,
+    SKEW,
+    WARP,
+    Choice,
+    Dimensions,
+    FusedKernel,
+    Products,
+    per_load,
+    ring_bytes,
+)
 from rwkv_edge.spec import ModelSpec
 
+LORAS = 4
 DEEP_TILE = 64  # columns of a block of DeepEmbed's second matrix
 
 
@@ -31,6 +44,8 @@ class Kernels7(Kernels):
 
     def time_mix(self, layer: int) -> tuple[FusedKernel, ...]:
         """See `Kernels.time_mix`."""
+        if self._merges(layer):
+            return self.time_mix_in(layer), self.wkv_out(layer)
         return self.time_mix_in(layer), self.wkv(layer), self.time_mix_out(layer)
 
     def channel_mix(self, layer: int) -> tuple[FusedKernel, ...]:
@@ -61,25 +76,88 @@ class Kernels7(Kernels):
 
     def wkv(self, layer: int) -> FusedKernel:
         """Second halves of the LoRAs, the recurrence, group norm, bonus, gate."""
-        d, rank_v = self.dimensions, self.dimensions.rank_v if layer else 0
-        choice = replace(self.tuning.wkv, tile=d.head_size)
+        choice = replace(self.tuning.wkv, tile=self.dimensions.head_size)
         products = self._products(f"blocks.{layer}.att.", ("g2",))
-        gate = products.forms or {None}
+        ring = self._rank_rings(layer, choice)
+        return self._recurrence(layer, choice, products, (), "y", {"OUT": 0}, ring, 0)
+
+    def wkv_out(self, layer: int) -> FusedKernel:
+        """`wkv` and `time_mix_out` in one: a partial sum for each head.
+
+        Raises:
+            InputError: the threads of a block cannot read a row of the output matrix at once, or the block has too
+                little shared memory.
+        """
+        d, choice = self.dimensions, replace(self.tuning.wkv, tile=self.dimensions.head_size)
+        products, (output,) = self._products(f"blocks.{layer}.att.", ("g2", "output")), self._forms(layer, "output")
+        per = per_load(output, d.dtype, 1)
+        span, odd = divmod(d.width, per)
+        if odd or span > choice.threads or d.head_size % products.block:
+            raise InputError(
+                f"{choice.threads} threads cannot read the rows of a head of [{d.inner}, {d.width}] at once, {per} "
+                f"columns each, in blocks of {products.block} rows"
+            )
+        ahead = replace(choice, ahead=self.tuning.time_mix_out.ahead)
+        own = self._rank_rings(layer, choice)
+        more = 4 * choice.threads // span * d.width
+        ring = ring_bytes(d.head_size, ahead, output, d.dtype, 1, products.block, span)
+        total = own + ring + more + self._static(choice)
+        if total > self._shared:
+            raise InputError(
+                f"a block of the merged kernel needs {total} bytes of shared memory; this GPU has {self._shared}"
+            )
+        defines = {"OUT": 1, "OUT_AHEAD": ahead.ahead}
+        return self._recurrence(layer, choice, products, ("output", "output.scale"), "parts", defines, own + ring, more)
+
+    def _static(self, choice: Choice) -> int:
+        """Bytes of shared memory of the recurrence's kernel beside its rings: sums, hidden values, vectors."""
+        d = self.dimensions
+        per_warp = (LORAS + 1) * d.head_size + d.head_size // SKEW * 4
+        ranks = d.rank_w + d.rank_a + d.rank_g + d.rank_v
+        return 4 * (choice.threads // WARP * per_warp + ranks + ranks // SKEW * 4 + (LORAS + 1) * d.head_size) + 256
+
+    def _merges(self, layer: int) -> bool:
+        """Whether the recurrence's kernel multiplies by the output matrix."""
+        return self.tuning.merge and self.batch == 1
+
+    def _forms(self, layer: int, *matrices: str) -> list[str | None]:
+        """How matrices of the time mix are stored, None for the model's dtype."""
+        found = [self.stored.get(f"blocks.{layer}.att.{name}") for name in matrices]
+        return [None if how is None else how.form for how in found]
+
+    def _rank_rings(self, layer: int, choice: Choice) -> int:
+        """Bytes for the loads of the LoRAs' second halves."""
+        d, rank_v = self.dimensions, self.dimensions.rank_v if layer else 0
+        (gate,) = self._forms(layer, "g2")
         ring = sum(ring_bytes(rank, choice, None, d.dtype, 1) for rank in (d.rank_w, d.rank_a, rank_v))
-        ring += max(ring_bytes(d.rank_g, choice, form, d.dtype, 1) for form in gate)
+        return ring + ring_bytes(d.rank_g, choice, gate, d.dtype, 1)
+
+    def _recurrence(
+        self,
+        layer: int,
+        choice: Choice,
+        products: Products,
+        output: tuple[str, ...],
+        to: str,
+        defines: Mapping[str, int],
+        ring: int,
+        more: int,
+    ) -> FusedKernel:
+        d, rank_v = self.dimensions, self.dimensions.rank_v if layer else 0
         return self._kernel(
             "v7_wkv",
-            {"RANK_V": rank_v, **self._ranks()},
+            {"RANK_V": rank_v, **self._ranks(), **defines},
             choice,
             products,
             (
                 "r", "k", "v" if layer else "v_first", "hw", "ha", "hg", *(["hv", "v_first"] if rank_v else []), "w2",
                 "a2", "g2", "g2.scale", *(["v2"] if rank_v else []), "w0", "a0", *(["v0"] if rank_v else []), "k_k",
-                "k_a", "r_k", "ln_x.weight", "ln_x.bias", "wkv",
+                "k_a", "r_k", "ln_x.weight", "ln_x.bias", "wkv", *output,
             ),
-            ("y", "wkv"),
+            (to, "wkv"),
             (d.heads, self.batch, 1),
             ring=ring,
+            more=more,
             batch=1,
             halts=True,
         )  # fmt: skip
@@ -100,7 +178,7 @@ class Kernels7(Kernels):
             ("stream", "shift", "hidden"),
             (-(-d.hidden // choice.tile), 1, 1),
             rows=d.width,
-            parts=self.tuning.time_mix_out.split,
+            parts=self.time_mix_parts(layer),
             halts=True,
         )
 
@@ -108,6 +186,10 @@ class Kernels7(Kernels):
         """Value, as partial sums for the residual stream."""
         choice, skip = self.tuning.channel_mix_out, self.tuning.skip
         return self._project("hidden", f"blocks.{layer}.ffn.", "value", self.dimensions.hidden, choice, skip)
+
+    def time_mix_parts(self, layer: int) -> int:
+        """See `Kernels.time_mix_parts`."""
+        return self.dimensions.heads if self._merges(layer) else super().time_mix_parts(layer)
 
     def columns(self) -> Mapping[str, int]:
         """See `Kernels.columns`. A block of the recurrence has the columns of one head."""

@@ -14,7 +14,17 @@ from typing import Any
 from rwkv_edge.errors import ExportError, MissingDependencyError
 
 CACHE_VARIABLE = "RWKV_EDGE_CACHE"
-HEADERS = ("common.cuh", "fused.cuh", "products.cuh", "heads.cuh")
+HEADERS = (
+    "common.cuh",
+    "fused.cuh",
+    "products.cuh",
+    "heads.cuh",
+    "wide.cuh",
+    "wide_product.cuh",
+    "wide_wkv.cuh",
+    "sample.cuh",
+    "sample_bins.cuh",
+)
 OPTIONS = ("--std=c++17",)
 
 

@@ -7,18 +7,27 @@ graph, captured for each of the two directions between the token-shift states.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import InputError, SessionError
-from rwkv_edge.plugins.fused_spec import MAX_BATCH, Choice, Dimensions, Tuning
+from rwkv_edge.plugins.fused import Kernels
+from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, FusedKernel, Tuning
 from rwkv_edge.plugins.fused_versions import KERNELS
-from rwkv_edge.runtime.cuda_chain import Chain, Give, Outputs, StatePlaces, row_bytes, state_layout
+from rwkv_edge.runtime.cuda_ahead import Ahead, Fetch, drawn_tokens
+from rwkv_edge.runtime.cuda_chain import Chain, Give, Launch, Outputs, StatePlaces, row_bytes, state_layout
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
+from rwkv_edge.runtime.cuda_pieces import MOST_ROWS, Piece, PieceKey, Pieces
+from rwkv_edge.runtime.cuda_sampling import DrawKey, Draws, checked_samplers, draws_on_device, take_all
+from rwkv_edge.runtime.cuda_tuning import keep_tuning, tuning_for
 from rwkv_edge.runtime.cuda_weights import INDEX_FILE, WEIGHTS_FILE, check_scheme, load_weights
+from rwkv_edge.runtime.cuda_wide import WideChain
 from rwkv_edge.runtime.initial import initial_arrays, stored_initial
+from rwkv_edge.runtime.sampling import Sampler
 from rwkv_edge.runtime.session import (
     Watch,
     checked_tokens,
@@ -27,15 +36,7 @@ from rwkv_edge.runtime.session import (
 )
 from rwkv_edge.spec import ModelSpec, numpy_dtype
 
-WIDE = 2048  # widths D from which a model counts as large
-SMALL = Tuning(
-    time_mix_in=Choice(32), time_mix_out=Choice(32, 2), channel_mix_in=Choice(32), channel_mix_out=Choice(32, 4),
-    head=Choice(128), skip=False,
-)  # fmt: skip
-LARGE = Tuning(
-    time_mix_in=Choice(64), time_mix_out=Choice(32, 4), channel_mix_in=Choice(64), channel_mix_out=Choice(64, 8),
-    head=Choice(128), skip=True,
-)  # fmt: skip
+WIDE, WIDER = 2048, 2560  # widths D from which a model counts as large
 
 
 def dimensions_of(spec: ModelSpec) -> Dimensions:
@@ -59,10 +60,15 @@ class CudaState:
     Attributes:
         batch: number of streams.
         side: of the token shifts that hold the state.
+        generation: of the kernels that ``graphs`` hold; see `CudaSession.retune`.
+        ran: chunks that have run once; the second time is worth a graph.
+        owed: tokens of a lone stream that the state stands behind, but that have still to be fed.
+        ahead: who runs ahead with it; it must land before anybody else uses the state.
+        draws: with what its tokens are drawn, once any were.
     """
 
     def __init__(self, driver: Driver, spec: ModelSpec, batch: int) -> None:
-        self.batch, self.side = batch, 0
+        self.batch, self.side, self.generation = batch, 0, 0
         self._driver, self._spec = driver, spec
         self.single, self.double = state_layout(spec, batch)
         self._sizes = tuple(_end(places) for places in (self.single, self.double))
@@ -71,7 +77,11 @@ class CudaState:
         self.tokens = driver.allocate(4 * batch)
         self.logits = driver.allocate(4 * batch * spec.vocab_size)
         self.halted = driver.allocate(4 * batch)
-        self.graphs: dict[tuple[int, Give], Graph] = {}
+        self.graphs: dict[tuple[int, Give | DrawKey | PieceKey], Graph] = {}
+        self.ran: set[tuple[int, PieceKey]] = set()
+        self.owed: list[int] = []
+        self.ahead: Ahead | None = None
+        self.draws: Draws | None = None
         pointers = (self.matrices, *self.shifts, self.tokens, self.logits, self.halted)
         weakref.finalize(self, _release, driver, pointers, self.graphs)
 
@@ -100,13 +110,22 @@ class CudaState:
         logits = self.logits + 4 * row * self._spec.vocab_size
         return Outputs(self.tokens + 4 * row, logits, self.halted + 4 * row)
 
+    def drop_graphs(self, generation: int) -> None:
+        """Forget the graphs of kernels that are used no more."""
+        for graph in self.graphs.values():
+            graph.close()
+        self.graphs.clear()
+        self.generation = generation
+
     def copy_from(self, other: CudaState) -> None:
         """Take the state of ``other``, of as many streams."""
         self._driver.copy(self.matrices, other.matrices, self._sizes[0])
         self._driver.copy(self.shifts[self.side], other.shifts[other.side], self._sizes[1])
 
 
-def _release(driver: Driver, pointers: Sequence[int], graphs: dict[tuple[int, Give], Graph]) -> None:
+def _release(
+    driver: Driver, pointers: Sequence[int], graphs: dict[tuple[int, Give | DrawKey | PieceKey], Graph]
+) -> None:
     """Give back what a state held."""
     for graph in graphs.values():
         graph.close()
@@ -125,7 +144,7 @@ class CudaSession:
         Args:
             artifact: of RWKV-7 in fp32, fp16 or bf16.
             check_content: compare the files' sha256 with the manifest.
-            tuning: choices of the kernels; by the model's size where none are given.
+            tuning: choices of the kernels; None for what `rwkv-edge tune` found on this GPU, else for the defaults.
             device: ordinal of the GPU.
 
         Raises:
@@ -142,15 +161,18 @@ class CudaSession:
         if check_content:
             artifact.check_content(INDEX_FILE, WEIGHTS_FILE)
         self._driver = Driver(device)
-        self._tuning = tuning or default_tuning(self._dimensions)
         self._start = initial_arrays(artifact)
         self._weights = load_weights(self._driver, artifact.path)
+        self._tuning = tuning or tuning_for(self._driver.name, self._dimensions, self._weights.stored)
         self._chains: dict[int, Chain] = {}
+        self._functions: dict[FusedKernel, Any] = {}
+        self._pieces = Pieces(self._driver, self.spec, self._dimensions, self._weights, self._functions)
+        self._generation = 0
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """None: a prompt is fed in single steps, each one graph without the head."""
-        return ()
+        """See `rwkv_edge.runtime.cuda_pieces`; none where the wide kernels do not run the model."""
+        return self._pieces.chunks
 
     @property
     def numerics(self) -> str:
@@ -165,34 +187,41 @@ class CudaSession:
 
     def step(self, tokens: Sequence[int] | np.ndarray, state: CudaState) -> np.ndarray:
         """One token for each stream."""
-        self._feed(checked_tokens(tokens, 1, state.batch, self.spec), state)
+        array = checked_tokens(tokens, 1, state.batch, self.spec)
+        self.repay(state)
+        self._feed(array, state)
         self._advance(state, "logits")
-        return self._logits(state)
+        return self.logits(state)
 
     def prefill(
         self, tokens: Sequence[Sequence[int]] | np.ndarray, state: CudaState, watch: Watch | None = None
     ) -> np.ndarray:
-        """Single steps; the head is computed for the last token, or for all where they are watched."""
+        """Chunks through the wide kernels; the head is computed for the last token, or for the last of each chunk where
+        they are watched."""
         array = checked_tokens(tokens, 2, state.batch, self.spec)
-        count = array.shape[1]
-        places = self._driver.allocate(4 * array.size)
-        try:
-            self._driver.upload(np.ascontiguousarray(array.T.astype(np.int32)), places)
-            for t in range(count):
-                self._driver.copy(state.tokens, places + 4 * t * state.batch, 4 * state.batch)
-                self._advance(state, "state" if watch is None and t < count - 1 else "logits")
-                if watch is not None:
-                    watch(t + 1, self._logits(state))
-        finally:
-            self._driver.free(places)
-        return self._logits(state)
+        self.repay(state)
+        at, count = 0, array.shape[1]
+        with self._pieces.uploaded(array) as pieces:
+            for piece in pieces:
+                at += piece.tokens
+                wanted = piece.ends_chunk and (watch is not None or at == count)
+                self._feed_piece(piece, state, "logits" if wanted else "state")
+                if wanted and watch is not None:
+                    watch(at, self.logits(state))
+        return self.logits(state)
 
     def score(self, tokens: Sequence[Sequence[int]] | np.ndarray, state: CudaState) -> np.ndarray:
-        """Single steps."""
+        """Chunks through the wide kernels."""
         array = checked_tokens(tokens, 2, state.batch, self.spec)
+        self.repay(state)
         logits = np.empty((*array.shape, self.spec.vocab_size), np.float32)
-        for t in range(array.shape[1]):
-            logits[:, t] = self.step(array[:, t], state)
+        at = 0
+        with self._pieces.uploaded(array) as pieces:
+            for piece in pieces:
+                chain = self._feed_piece(piece, state, "logits" if piece.tokens == 1 else "state")
+                found = self.logits(state)[:, None] if chain is None else self._pieces.scored(chain, piece, state.batch)
+                logits[:, at : at + piece.tokens] = found
+                at += piece.tokens
         return logits
 
     def greedy(self, tokens: Sequence[int] | np.ndarray, state: CudaState, count: int) -> np.ndarray:
@@ -201,7 +230,9 @@ class CudaSession:
         Returns:
             The tokens chosen, [B, count] int64; the last of them has not been fed.
         """
-        self._feed(checked_tokens(tokens, 1, state.batch, self.spec), state)
+        array = checked_tokens(tokens, 1, state.batch, self.spec)
+        self.repay(state)
+        self._feed(array, state)
         size = 4 * state.batch
         history = self._driver.allocate(size * count)
         try:
@@ -214,14 +245,66 @@ class CudaSession:
             self._driver.free(history)
         return chosen.T.astype(np.int64)
 
+    def sample(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        state: CudaState,
+        samplers: Sequence[Sampler],
+        count: int,
+        stop_tokens: Collection[int] = (),
+    ) -> np.ndarray:
+        """Feed ``tokens`` [B], then what each stream's sampler draws, ``count`` times, without the host in between.
+
+        A stream that draws a stop token ends there; the others go on.
+
+        Args:
+            tokens: as for `step`.
+            state: has consumed, at the end, ``tokens`` and what was drawn, but for the last token of each stream.
+            samplers: one for each stream; at the end as if they had drawn the tokens themselves.
+            count: of tokens for each stream.
+            stop_tokens: end a stream.
+
+        Returns:
+            The tokens drawn, [B, count] int64; -1 behind a stop token.
+
+        Raises:
+            InputError: a token outside the vocabulary, or not a sampler for each stream.
+            SessionError: logits hold NaN, or the vocabulary is none of those that the kernels draw from.
+        """
+        array = checked_tokens(tokens, 1, state.batch, self.spec)
+        own = checked_samplers(samplers, state.batch)
+        self.repay(state)
+        self.draws(state).load(own, stop_tokens)
+        drawn = drawn_tokens(self, array, state, count, stop_tokens)
+        self.resume(state)
+        take_all(drawn, own)
+        return drawn
+
+    def draw_ahead(
+        self, token: int, state: CudaState, sampler: Sampler, stop_tokens: Collection[int], limit: int | None
+    ) -> Iterator[tuple[int, Fetch]] | None:
+        """Tokens behind ``token``, drawn before they are asked for; see `rwkv_edge.runtime.cuda_ahead.Ahead`.
+
+        None where the kernels do not draw from such a vocabulary.
+        """
+        if not draws_on_device(self.spec.vocab_size):
+            return None
+        ahead = Ahead(self, sampler, token, stop_tokens, limit)
+        return iter(lambda: ahead.next(state), None)
+
     def copy_state(self, state: CudaState) -> CudaState:
-        """A state of its own memory."""
-        copied = CudaState(self._driver, self.spec, state.batch)
-        copied.copy_from(state)
+        """A state of its own memory; of one with which the GPU runs ahead, what it is for the caller."""
+        copied = self.empty_state(state.batch)
+        if state.ahead is not None:
+            state.ahead.copy_to(state, copied)
+        else:
+            copied.copy_from(state)
+            copied.owed = list(state.owed)
         return copied
 
     def export_state(self, state: CudaState) -> dict[str, np.ndarray]:
         """Copies by name."""
+        self.repay(state)
         stored = {}
         for t in self.spec.state:
             stored[t.name] = np.empty((state.batch, *t.shape), numpy_dtype(t.dtype))
@@ -232,8 +315,40 @@ class CudaSession:
         """A state with these values."""
         return self._uploaded(stored_from_named(arrays, self.spec))
 
+    @property
+    def tuning(self) -> Tuning:
+        """Choices of the kernels."""
+        return self._tuning
+
+    def compile(self, tuning: Tuning) -> None:
+        """Put the kernels of one stream's step into the cache of compiled texts; threads may do so side by side.
+
+        Raises:
+            InputError: the choices do not fit the model or the GPU.
+        """
+        for kernel in self._kernels(1, tuning).of_step(self.spec.n_layer):
+            kernel.ptx(self._driver.capability)
+
+    def retune(self, tuning: Tuning) -> None:
+        """Take other choices from the next step on; states stay valid."""
+        self._tuning = tuning
+        self._generation += 1
+        for chain in self._chains.values():
+            chain.close()
+        self._chains.clear()
+
+    def keep_tuning(self) -> Path:
+        """Keep the choices for all sessions of such a model on such a GPU; returns the file.
+
+        Raises:
+            OSError: the cache folder cannot be written.
+        """
+        return keep_tuning(self._driver.name, self._dimensions, self._weights.stored, self._tuning)
+
     def step_seconds(self, state: CudaState, count: int) -> float:
         """Seconds of a step on the GPU with the greedy choice fed back, over ``count`` steps: for benchmarks."""
+
+        self.repay(state)
 
         def work() -> None:
             for _ in range(count):
@@ -247,8 +362,45 @@ class CudaSession:
         for chain in self._chains.values():
             chain.close()
         self._chains.clear()
+        self._pieces.close()
         self._driver.free(self._weights.memory)
         self._driver.close()
+
+    def repay(self, state: CudaState) -> None:
+        """Bring a state to where it stands for the caller."""
+        if state.ahead is not None:
+            state.ahead.land(state)
+        while state.owed:
+            self._feed(np.array(state.owed[:1]), state)
+            self._advance(state, "state")
+            del state.owed[0]
+
+    def empty_state(self, batch: int = 1) -> CudaState:
+        """Memory for a state, whose values are still to come."""
+        return CudaState(self._driver, self.spec, batch)
+
+    def draws(self, state: CudaState) -> Draws:
+        """What the tokens of a state are drawn with.
+
+        Raises:
+            SessionError: the kernels do not draw from such a vocabulary.
+        """
+        if state.draws is None:
+            state.draws = Draws(self._driver, state.batch, self.spec.vocab_size, self._functions)
+        return state.draws
+
+    def draw(self, state: CudaState) -> None:
+        """Enqueue one step and the choice of the next tokens."""
+        self._advance(state, self.draws(state).key)
+
+    def resume(self, state: CudaState) -> None:
+        """No stream is halted any more."""
+        self._driver.upload(np.zeros(state.batch, np.int32), state.halted)
+
+    def feed(self, tokens: np.ndarray, state: CudaState) -> None:
+        """Tokens of the next step; no stream is halted any more."""
+        self.resume(state)
+        self._feed(tokens, state)
 
     def _uploaded(self, stored: Mapping[str, np.ndarray]) -> CudaState:
         batch = stored[self.spec.state[0].name].shape[0]
@@ -260,45 +412,66 @@ class CudaSession:
     def _feed(self, tokens: np.ndarray, state: CudaState) -> None:
         self._driver.upload(np.ascontiguousarray(tokens.astype(np.int32)), state.tokens)
 
-    def _logits(self, state: CudaState) -> np.ndarray:
+    def logits(self, state: CudaState) -> np.ndarray:
+        """Those [B, V] of the last step that computed them."""
         logits = np.empty((state.batch, self.spec.vocab_size), np.float32)
         self._driver.download(state.logits, logits)
         return logits
 
-    def _advance(self, state: CudaState, give: Give) -> None:
+    def _feed_piece(self, piece: Piece, state: CudaState, give: Give) -> WideChain | None:
+        """Enqueue tokens of all streams; returns the chain that they went through, None for a single step."""
+        if piece.tokens == 1:
+            self._driver.copy(state.tokens, piece.ids, 4 * state.batch)
+            self._advance(state, give)
+            return None
+        self._renew_graphs(state)
+        chain = self._pieces.enqueue(piece, state)
+        if give == "logits":
+            self._pieces.give_last(chain, piece, state)
+        return chain
+
+    def _renew_graphs(self, state: CudaState) -> None:
+        if state.generation != self._generation:
+            state.drop_graphs(self._generation)
+
+    def _advance(self, state: CudaState, give: Give | DrawKey) -> None:
         """Enqueue one step of all streams."""
+        self._renew_graphs(state)
         key = (state.side, give)
         if key not in state.graphs:
             state.graphs[key] = self._captured(state, give)
         state.graphs[key].launch()
         state.side = 1 - state.side
 
-    def _captured(self, state: CudaState, give: Give) -> Graph:
+    def _captured(self, state: CudaState, give: Give | DrawKey) -> Graph:
         """The graph of a step from the side of the shifts that is current; capturing runs nothing."""
-        groups = []
-        for row in range(0, state.batch, MAX_BATCH):
-            chain = self._chain(min(MAX_BATCH, state.batch - row))
-            groups.append((chain, chain.launches(state.places(row), state.side, state.outputs(row), give)))
+        groups: list[tuple[Chain | WideChain, list[Launch]]] = []
+        wide = self._pieces.runs and state.batch > MAX_BATCH
+        wanted: Give = "logits" if isinstance(give, DrawKey) else give
+        for row in range(0, state.batch, MOST_ROWS if wide else MAX_BATCH):
+            batch, outputs = min(MOST_ROWS if wide else MAX_BATCH, state.batch - row), state.outputs(row)
+            chain: Chain | WideChain = self._pieces.chain(batch) if wide else self._chain(batch)
+            if isinstance(chain, WideChain):
+                launches = chain.step(batch, state.places(row), state.side, outputs, wanted)
+            else:
+                launches = chain.launches(state.places(row), state.side, outputs, wanted)
+            if isinstance(give, DrawKey):
+                launches += self.draws(state).launches(row, batch, launches[-1], outputs)
+            groups.append((chain, launches))
         with self._driver.capture() as graph:
             for chain, launches in groups:
                 chain.enqueue(launches)
         return graph
 
+    def _kernels(self, batch: int, tuning: Tuning) -> Kernels:
+        shared = self._driver.block_shared
+        return KERNELS[self.spec.version](self._dimensions, batch, tuning, self._weights.stored, shared=shared)
+
     def _chain(self, batch: int) -> Chain:
         if batch not in self._chains:
-            stored, shared = self._weights.stored, self._driver.block_shared
-            kernels = KERNELS[self.spec.version](self._dimensions, batch, self._tuning, stored, shared=shared)
-            self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights.address)
+            kernels = self._kernels(batch, self._tuning)
+            self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights.address, self._functions)
         return self._chains[batch]
-
-
-def default_tuning(dimensions: Dimensions) -> Tuning:
-    """The choices that were fastest on an H100 at 0.1 and 0.4, 1.5, and 2.9 billion parameters.
-
-    In large models half of a tile's loads are spared by skipping; in small ones the time goes into waiting for the
-    first of them, so all are asked for at once.
-    """
-    return SMALL if dimensions.width < WIDE else LARGE
 
 
 def _end(places: Mapping[str, tuple[int, int]]) -> int:

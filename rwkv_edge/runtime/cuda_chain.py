@@ -83,7 +83,14 @@ class Buffers:
 class Chain:
     """The step of a model for a number of streams up to `rwkv_edge.plugins.fused.MAX_BATCH`."""
 
-    def __init__(self, driver: Driver, spec: ModelSpec, kernels: Kernels, weights: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        spec: ModelSpec,
+        kernels: Kernels,
+        weights: Mapping[str, int],
+        functions: dict[FusedKernel, Any],
+    ) -> None:
         """Compile the kernels and allocate the buffers.
 
         Args:
@@ -91,9 +98,10 @@ class Chain:
             spec: of the model.
             kernels: its kernels.
             weights: `Weights.address` of `rwkv_edge.runtime.cuda_weights`.
+            functions: kernels that are loaded already; those of this chain are added.
         """
         self._driver, self._spec, self._kernels, self._weights = driver, spec, kernels, weights
-        self._functions: dict[FusedKernel, Any] = {}
+        self._functions = functions
         self._buffers = Buffers(driver)
         for name, floats in kernels.buffers().items():
             self._buffers.add(name, floats * kernels.batch)

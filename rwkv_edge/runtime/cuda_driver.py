@@ -22,6 +22,7 @@ class Driver:
     Attributes:
         capability: compute capability, 90 for 9.0.
         block_shared: bytes of shared memory that a block may ask for.
+        multiprocessors: how many the GPU has.
         name: of the GPU.
     """
 
@@ -44,6 +45,7 @@ class Driver:
         minor = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         self.capability = major * 10 + minor
         self.block_shared = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+        self.multiprocessors = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.name = self._call("cuDeviceGetName", 96, self._device).decode().partition("\0")[0]
         self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._modules: list[Any] = []

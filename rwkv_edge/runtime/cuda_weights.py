@@ -1,9 +1,9 @@
-"""weights.bin on the GPU, as it lies in the file."""
+"""weights.bin on the GPU, as it lies in the file; a head whose rows do not begin where loads do is widened."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import ArtifactError, SessionError
-from rwkv_edge.plugins.fused_spec import Stored
+from rwkv_edge.plugins.fused_spec import Stored, head_columns, rounded_up
 from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.spec import ITEM_SIZE
 
@@ -71,15 +71,23 @@ def load_weights(driver: Driver, folder: Path) -> Weights:
         data = np.memmap(folder / WEIGHTS_FILE, np.uint8, mode="r")
         entries = json.loads((folder / INDEX_FILE).read_bytes())
         offsets = {str(entry["name"]): _checked_offset(entry, data.size) for entry in entries}
-        stored = _stored({str(entry["name"]): entry for entry in entries})
+        by_name = {str(entry["name"]): entry for entry in entries}
+        stored = _stored(by_name)
+        heads = _widened_head(data, by_name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder / INDEX_FILE} cannot be used ({error}); export the checkpoint again") from error
-    if driver.free_memory() < data.size:
+    size = data.size
+    for name, array in heads.items():
+        offsets[name] = rounded_up(size, ALIGNMENT)
+        size = offsets[name] + array.nbytes
+    if driver.free_memory() < size:
         raise SessionError(
-            f"the weights need {data.size / 1e9:.2f} GB of the GPU's memory; {driver.free_memory() / 1e9:.2f} are free"
+            f"the weights need {size / 1e9:.2f} GB of the GPU's memory; {driver.free_memory() / 1e9:.2f} are free"
         )
-    memory = driver.allocate(data.size)
+    memory = driver.allocate(size)
     driver.upload_file(data, memory)
+    for name, array in heads.items():
+        driver.upload(array, memory + offsets[name])
     address = {f"{name}{SCALES}": memory + offset for name, offset in offsets.items()}
     address |= {name.removesuffix(INTEGERS): memory + offset for name, offset in offsets.items()}
     return Weights(memory, address, stored)
@@ -110,3 +118,30 @@ def _stored(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Stored]:
         else:
             raise ValueError(f"'{name}' is {entry['dtype']}, neither int8 nor int4")
     return found
+
+
+def _widened_head(data: np.ndarray, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The head, or its integers and scales, with columns of zeros behind; nothing where they are not needed."""
+    found = {}
+    for name in ("head", f"head{INTEGERS}", f"head{SCALES}"):
+        if name not in entries:
+            continue
+        entry = entries[name]
+        shape, start = [int(n) for n in entry["shape"]], int(entry["offset"])
+        missing = head_columns(shape[-1]) - shape[-1]
+        if missing:
+            raw = np.asarray(data[start : start + int(entry["nbytes"])])
+            found[name] = _widened(raw, shape, str(entry["dtype"]), missing)
+    return found
+
+
+def _widened(raw: np.ndarray, shape: Sequence[int], dtype: str, missing: int) -> np.ndarray:
+    """The bytes of a tensor with ``missing`` zeros more along its last axis."""
+    packed = dtype in PACKED
+    if packed:
+        values = np.stack([raw & 15, raw >> 4], -1).reshape(-1)[: int(np.prod(shape))]
+    else:
+        values = raw.view(f"u{ITEM_SIZE[dtype]}")
+    wide = np.pad(values.reshape(shape), [*[(0, 0)] * (len(shape) - 1), (0, missing)])
+    pairs = wide.reshape(-1)
+    return np.ascontiguousarray(pairs[0::2] | pairs[1::2] << 4 if packed else wide)

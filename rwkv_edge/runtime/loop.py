@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,14 @@ class Step:
 
 
 def generate_step(
-    session: Session[S], sampler: Sampler, state: S, tokens: Sequence[int], logits: NDArray[np.float32] | None = None
+    session: Session[S],
+    sampler: Sampler,
+    state: S,
+    tokens: Sequence[int],
+    logits: NDArray[np.float32] | None = None,
+    *,
+    stop_tokens: Collection[int] = (),
+    max_tokens: int | None = None,
 ) -> Iterator[Step]:
     """Feed ``tokens`` to ``state`` by prefill, then draw one token after another, forever; stop by not asking for more.
 
@@ -55,20 +62,41 @@ def generate_step(
     token as ``tokens``. Nothing runs before the first step is asked for. Where the state has consumed ``tokens``
     already, ``logits`` are those [V] after the last of them, and nothing is fed.
 
+    A device that samples itself (`CudaSession`) runs some steps ahead of what is asked for. That shows nowhere: whoever
+    uses the state or the sampler in between, or stops, finds them as described. ``stop_tokens`` and ``max_tokens`` say
+    where the caller will stop, so that no step is run in vain; they end nothing.
+
     Raises:
         InputError: at the call: no tokens, or one that is not in the model's vocabulary.
         SessionError: from a step: the backend failed, or the logits hold NaN.
     """
-    return _steps(session, sampler, state, _checked_prompt(tokens, session.spec), logits)
+    plan = _Plan(frozenset(stop_tokens), max_tokens)
+    return _steps(session, sampler, state, _checked_prompt(tokens, session.spec), logits, plan)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the caller will stop."""
+
+    stop_tokens: frozenset[int]
+    max_tokens: int | None
 
 
 def _steps(
-    session: Session[S], sampler: Sampler, state: S, prompt: NDArray[np.int64], read: NDArray[np.float32] | None
+    session: Session[S],
+    sampler: Sampler,
+    state: S,
+    prompt: NDArray[np.int64],
+    read: NDArray[np.float32] | None,
+    plan: _Plan,
 ) -> Iterator[Step]:
     logits = session.prefill(prompt, state) if read is None else read[None]
-    few = candidate_step(session, sampler.config)
     token = sampler.sample(logits[0])
     yield Step(token, partial(_first, logits))
+    ahead = _drawn_ahead(session, sampler, state, token, plan)
+    if ahead is not None:
+        yield from (Step(drawn, fetch) for drawn, fetch in ahead)
+    few = candidate_step(session, sampler.config)
     while True:
         fed = np.array([token], np.int64)
         if few is not None:
@@ -79,6 +107,25 @@ def _steps(
             logits = session.step(fed, state)
             token = sampler.sample(logits[0])
             yield Step(token, partial(_first, logits))
+
+
+DrawAhead = Callable[
+    [int, Any, Sampler, Collection[int], "int | None"], "Iterator[tuple[int, Callable[[], NDArray[np.float32]]]] | None"
+]
+
+
+def _drawn_ahead(
+    session: Session[S], sampler: Sampler, state: S, token: int, plan: _Plan
+) -> Iterator[tuple[int, Callable[[], NDArray[np.float32]]]] | None:
+    """Tokens behind ``token`` and their logits, where the session draws them itself; else None.
+
+    Such a session has ``draw_ahead``. It does what `Sampler` does, not what a class derived from it might.
+    """
+    draw: DrawAhead | None = getattr(session, "draw_ahead", None)
+    if draw is None or type(sampler) is not Sampler:
+        return None
+    left = None if plan.max_tokens is None else plan.max_tokens - 1
+    return draw(token, state, sampler, plan.stop_tokens, left)
 
 
 def _first(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -231,12 +278,13 @@ def generate_text(
     stop_text = StopText(stops)
     checked = _checked_prompt(tokens, session.spec)
     state = session.initial_state(1) if state is None else state
+    ends = frozenset(tokenizer.eos_ids if stop_tokens is None else stop_tokens)
     return Generation(
-        _steps(session, sampler, state, checked, logits),
+        _steps(session, sampler, state, checked, logits, _Plan(ends, max_tokens)),
         state,
         TextStream(tokenizer) if text is None else text,
         stop_text,
-        stop_tokens=tokenizer.eos_ids if stop_tokens is None else stop_tokens,
+        stop_tokens=ends,
         prompt_tokens=len(tokens),
         max_tokens=max_tokens,
         flush=text is None,

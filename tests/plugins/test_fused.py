@@ -11,7 +11,7 @@ from rwkv_edge.errors import InputError
 from rwkv_edge.plugins import nvrtc
 from rwkv_edge.plugins.fused_spec import Choice, Dimensions, FusedKernel, Stored, Tuning
 from rwkv_edge.plugins.fused_v7 import Kernels7
-from rwkv_edge.runtime.cuda import LARGE, SMALL
+from rwkv_edge.runtime.cuda_tuning import LARGE, SMALL
 
 ORIN, HOPPER = 87, 90
 MOST_SHARED = 163 << 10  # bytes of a block on Orin

@@ -6,7 +6,9 @@ Everything runs twice: on a GPU where there is one, and with numpy in the kernel
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cuda_double
@@ -19,7 +21,7 @@ from rwkv_edge.artifact import Artifact
 from rwkv_edge.calibration.quantize import QuantizeOptions, quantize_artifact
 from rwkv_edge.calibration.schemes import SchemeOptions
 from rwkv_edge.checkpoints import open_checkpoint
-from rwkv_edge.errors import ArtifactError, SessionError
+from rwkv_edge.errors import ArtifactError, InputError, SessionError
 from rwkv_edge.evaluation.synthetic import Shape7, random_v7, save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
 from rwkv_edge.plugins.fused_spec import COLUMNS, FusedKernel
@@ -140,16 +142,16 @@ def test_steps(sessions: tuple[CudaSession, OrtSession, float], batch: int) -> N
 
 
 def test_prefill_is_steps(sessions: tuple[CudaSession, OrtSession, float]) -> None:
-    session, oracle, _ = sessions
+    session, oracle, tolerance = sessions
     arrays = random_state(oracle, 2)
     tokens = np.random.default_rng(3).integers(0, session.spec.vocab_size, (2, 9))
     one, other = session.import_state(arrays), session.import_state(arrays)
     logits = session.prefill(tokens, one)
     for t in range(9):
         expected = session.step(tokens[:, t], other)
-    np.testing.assert_array_equal(logits, expected)
+    assert apart(logits, expected) <= tolerance
     for name, array in session.export_state(one).items():
-        np.testing.assert_array_equal(array, session.export_state(other)[name])
+        assert apart(array, session.export_state(other)[name]) <= tolerance
 
 
 def test_greedy(sessions: tuple[CudaSession, OrtSession, float]) -> None:
@@ -174,7 +176,7 @@ def test_states_are_values(sessions: tuple[CudaSession, OrtSession, float]) -> N
     expected = session.step([7, 8, 9], fork)
     np.testing.assert_array_equal(session.step([7, 8, 9], session.import_state(exported)), expected)
     alone = session.import_state({name: array[1:2] for name, array in exported.items()})
-    assert apart(session.step([8], alone)[0], expected[1]) <= 1e-6
+    assert apart(session.step([8], alone)[0], expected[1]) <= 5e-6
 
 
 def test_outputs_are_written_whole(sessions: tuple[CudaSession, OrtSession, float]) -> None:
@@ -186,6 +188,28 @@ def test_outputs_are_written_whole(sessions: tuple[CudaSession, OrtSession, floa
     for chain in session._chains.values():
         chain.fill_with_nan()
     np.testing.assert_array_equal(session.step([1, 2], state), expected)
+
+
+def test_merged_kernel(sessions: tuple[CudaSession, OrtSession, float]) -> None:
+    """The recurrence and the output matrix in one kernel: the same model; a state goes on over the change."""
+    session, oracle, tolerance = sessions
+    arrays = random_state(oracle, 1)
+    state, expected_state = session.import_state(arrays), oracle.import_state(arrays)
+    tuning = session.tuning
+    try:
+        session.retune(replace(tuning, merge=True, wkv=replace(tuning.wkv, threads=512)))
+        for token in (3, 1, 1, 4, 1, 5, 9):
+            assert apart(session.step([token], state), oracle.step([token], expected_state)) <= tolerance
+        session.retune(tuning)
+        assert apart(session.step([2], state), oracle.step([2], expected_state)) <= tolerance
+    except InputError as error:
+        assert re.search(r"blocks of (64|128) rows|bytes of shared memory", str(error))  # noqa: PT017
+        pytest.skip(str(error))
+    finally:
+        session.retune(tuning)
+    after, expected = session.export_state(state), oracle.export_state(expected_state)
+    for name in expected:
+        assert apart(after[name], expected[name]) <= tolerance, name
 
 
 def small_artifact(folder: Path, *options: str) -> Path:
@@ -269,7 +293,7 @@ def test_no_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("batch", [2, 9])
 def test_halted_streams_stay(sessions: tuple[CudaSession, OrtSession, float], batch: int) -> None:
     """A stream whose flag is set keeps its state over any number of steps; the others go on as if it was not there."""
-    session, oracle, _ = sessions
+    session, oracle, tolerance = sessions  # what is zero in all streams is not read: it decides the order of sums
     arrays = random_state(oracle, batch)
     state, free = session.import_state(arrays), session.import_state(arrays)
     flags = np.zeros(batch, np.int32)
@@ -278,11 +302,11 @@ def test_halted_streams_stay(sessions: tuple[CudaSession, OrtSession, float], ba
     session._driver.upload(flags, state.halted)
     for token in (3, 5, 5):
         found, expected = session.step([token] * batch, state), session.step([token] * batch, free)
-        np.testing.assert_array_equal(found[: batch - 1], expected[: batch - 1])
+        assert apart(found[: batch - 1], expected[: batch - 1]) <= 5e-6
     after, moved = session.export_state(state), session.export_state(free)
     for name, array in before.items():
         np.testing.assert_array_equal(after[name][-1], array[-1])
-        np.testing.assert_array_equal(after[name][:-1], moved[name][:-1])
+        assert apart(after[name][:-1], moved[name][:-1]) <= tolerance, name
 
 
 @pytest.mark.parametrize(

@@ -154,17 +154,20 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf
 // read rows that are a block apart.
 __device__ constexpr int skewed(int row) { return INT4 ? row + row / 32 * 4 : row; }
 
-// `rows` rows of a matrix, `tile` of its columns. A thread's loads go through a ring of its own in shared memory, so that
-// no barrier is needed: prefetch() and add() keep at most AHEAD of them in flight.
-template <typename T, int rows, int tile> struct Columns {
+// Threads that read a row of a tile, where one warp does.
+template <typename T> __device__ constexpr int lanes_of(int tile) { return power_of_two((tile + PER<T> - 1) / PER<T>); }
+
+// `rows` rows of a matrix, `tile` of its columns, a row by `span` threads. A thread's loads go through a ring of its own
+// in shared memory, so that no barrier is needed: prefetch() and add() keep at most `ahead` of them in flight.
+template <typename T, int rows, int tile, int ahead = AHEAD, int span = lanes_of<T>(tile)> struct Columns {
     static constexpr int MANY = PER<T>;
-    static constexpr int SPAN = power_of_two((tile + MANY - 1) / MANY);
+    static constexpr int SPAN = span;
     static constexpr int GROUPS = THREADS / SPAN;  // rows read at once
     static constexpr int TURNS = (rows + GROUPS - 1) / GROUPS;
-    static constexpr int BURST = least_of(least_of(TURNS, AHEAD), 4);  // loads that are waited for together
-    static constexpr int DEPTH = (least_of(TURNS, AHEAD) + BURST - 1) / BURST * BURST;
+    static constexpr int BURST = least_of(least_of(TURNS, ahead), 4);  // loads that are waited for together
+    static constexpr int DEPTH = (least_of(TURNS, ahead) + BURST - 1) / BURST * BURST;
     static constexpr int ROOM = DEPTH * THREADS * BYTES<T>;  // of the ring, in bytes
-    static_assert(SPAN <= 32 && GROUPS >= 1, "a row of the tile is read by one warp");
+    static_assert(GROUPS >= 1, "a block reads whole rows of its tile");
     static_assert(ROOM <= RING, "the ring is too small");
     typedef typename Raw<BYTES<T>>::type Piece;
 
@@ -180,7 +183,7 @@ template <typename T, int rows, int tile> struct Columns {
         const int lane = threadIdx.x % SPAN;
         group = threadIdx.x / SPAN;
         limit = most;
-        inside = lane * MANY < tile && first + lane * MANY < columns;
+        inside = group < GROUPS && lane * MANY < tile && first + lane * MANY < columns;
         from = inside ? matrix + static_cast<long long>(top + group) * columns + first + lane * MANY : matrix;
         jump = static_cast<long long>(GROUPS) * columns;
         ring = static_cast<Piece*>(room) + threadIdx.x;
@@ -229,9 +232,9 @@ template <typename T, int rows, int tile> struct Columns {
 #if INT4
 // A thread has rows of one block of BLOCK inputs at a time, so that a scale is applied once for all of them: SHARE threads
 // of neighbouring groups take turns in a block's rows.
-template <int rows, int tile> struct Columns<Int4, rows, tile> {
+template <int rows, int tile, int ahead, int span> struct Columns<Int4, rows, tile, ahead, span> {
     static constexpr int MANY = PER<Int4>;
-    static constexpr int SPAN = power_of_two((tile + MANY - 1) / MANY);
+    static constexpr int SPAN = span;
     static constexpr int GROUPS = THREADS / SPAN;
     static constexpr int BLOCKS = rows / BLOCK;
     static constexpr int SHARE = least_of(power_up_to(GROUPS / BLOCKS), BLOCK / 4);
@@ -240,9 +243,9 @@ template <int rows, int tile> struct Columns<Int4, rows, tile> {
     static constexpr int STEPS = BLOCK / SHARE;                      // rows of a block that a thread has
     static constexpr int TURNS = SEGMENTS * STEPS;
     static constexpr int BURST = 4;
-    static constexpr int DEPTH = least_of(TURNS, (AHEAD + BURST - 1) / BURST * BURST);
+    static constexpr int DEPTH = least_of(TURNS, (ahead + BURST - 1) / BURST * BURST);
     static constexpr int ROOM = DEPTH * THREADS * LOAD4;
-    static_assert(SPAN <= 32 && GROUPS >= 1, "a row of the tile is read by one warp");
+    static_assert(GROUPS >= 1, "a block reads whole rows of its tile");
     static_assert(rows % BLOCK == 0, "a slice of the rows holds whole blocks");
     static_assert(ROOM <= RING, "the ring is too small");
     typedef typename Raw<LOAD4>::type Piece;
@@ -260,7 +263,7 @@ template <int rows, int tile> struct Columns<Int4, rows, tile> {
         const Int4* matrix, int all, int top, int first, void* room, int most, const Act* scales_from) {
         const int lane = threadIdx.x % SPAN, group = threadIdx.x / SPAN;
         columns = all, limit = most, block = group / SHARE, first_row = group % SHARE;
-        inside = lane * MANY < tile && first + lane * MANY < all;
+        inside = group < GROUPS && lane * MANY < tile && first + lane * MANY < all;
         pitch_bytes = all / 2;
         from = inside ? &matrix->pair + top * pitch_bytes + (first + lane * MANY) / 2 : &matrix->pair;
         scale = scales_from + static_cast<long long>(top / BLOCK) * all + first + lane * MANY;
@@ -341,17 +344,19 @@ template <int rows, int tile> struct Columns<Int4, rows, tile> {
 #endif
 
 // Columns of whichever type; the scales matter for int4 alone.
-template <typename T, int rows, int tile> struct Opened {
-    static __device__ __forceinline__ Columns<T, rows, tile> from(
+template <typename T, int rows, int tile, int ahead = AHEAD, int span = lanes_of<T>(tile)> struct Opened {
+    typedef Columns<T, rows, tile, ahead, span> Found;
+    static __device__ __forceinline__ Found from(
         const void* matrix, const Act*, int columns, int top, int first, void* room, int most = rows) {
-        return Columns<T, rows, tile>(static_cast<const T*>(matrix), columns, top, first, room, most);
+        return Found(static_cast<const T*>(matrix), columns, top, first, room, most);
     }
 };
 #if INT4
-template <int rows, int tile> struct Opened<Int4, rows, tile> {
-    static __device__ __forceinline__ Columns<Int4, rows, tile> from(
+template <int rows, int tile, int ahead, int span> struct Opened<Int4, rows, tile, ahead, span> {
+    typedef Columns<Int4, rows, tile, ahead, span> Found;
+    static __device__ __forceinline__ Found from(
         const void* matrix, const Act* scale, int columns, int top, int first, void* room, int most = rows) {
-        return Columns<Int4, rows, tile>(static_cast<const Int4*>(matrix), columns, top, first, room, most, scale);
+        return Found(static_cast<const Int4*>(matrix), columns, top, first, room, most, scale);
     }
 };
 #endif
@@ -359,6 +364,7 @@ template <int rows, int tile> struct Opened<Int4, rows, tile> {
 // Sums of the groups of a warp: to[b * tile + column] for the columns of this warp. Every step halves what a lane holds.
 template <int SPAN, int MANY>
 __device__ __forceinline__ void warp_sums(float (&sums)[BATCH][MANY], float* to, int tile) {
+    static_assert(SPAN <= 32, "a row of the tile is read by one warp");
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {

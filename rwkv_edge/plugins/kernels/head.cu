@@ -1,6 +1,6 @@
 // Last norm and head: logits [B, V] float, and the largest of each block of columns with its index: what `argmax` reads.
 //
-// Further parameter: VOCABULARY. Grid (blocks of columns).
+// Further parameters: VOCABULARY (V), HEAD_COLUMNS (of the matrix; those from V on are zeros). Grid (blocks of columns).
 #include "fused.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     float* inputs = reinterpret_cast<float*>(shared + RING);  // [BATCH, PITCH]
     __shared__ float scratch[WARPS * BATCH * (TILE > 2 ? TILE : 2)];
     const int first = blockIdx.x * TILE;
-    auto rows = Opened<Matrix, WIDTH, TILE>::from(head, head_scale, VOCABULARY, 0, first, shared);
+    auto rows = Opened<Matrix, WIDTH, TILE>::from(head, head_scale, HEAD_COLUMNS, 0, first, shared);
     rows.prefetch();
     const Vector weight(norm_weight), bias(norm_bias);
     wait_for_previous();

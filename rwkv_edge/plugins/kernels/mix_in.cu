@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
 #else
     const Source source = {stream_in, parts};
 #endif
-    multiply(mine, scratch, [&](float* inputs, float* space) {
+    multiply<PRODUCTS>(mine, scratch, [&](float* inputs, float* space) {
         const bool mixed = !(PLAIN_INPUT >> mine.index & 1);
         const Vector weight(norm_weight), bias(norm_bias);
         const Vector share = mixed ? Vector(static_cast<const Act*>(mine.from)) : Vector();

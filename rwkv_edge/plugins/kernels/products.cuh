@@ -89,8 +89,9 @@ __device__ __forceinline__ void multiply_as(const Product& mine, float* scratch,
     }
 }
 
-// The product in the type of its matrix.
-template <typename Prepare> __device__ __forceinline__ void multiply(const Product& mine, float* scratch, Prepare prepare) {
+// The product in the type of its matrix; the kernel has `products` of them.
+template <int products, typename Prepare>
+__device__ __forceinline__ void multiply(const Product& mine, float* scratch, Prepare prepare) {
 #if INT8
     if (INT8 >> mine.index & 1) {
         multiply_as<Int8>(mine, scratch, prepare);
@@ -103,5 +104,5 @@ template <typename Prepare> __device__ __forceinline__ void multiply(const Produ
         return;
     }
 #endif
-    if (~(INT8 | INT4) >> mine.index & 1) multiply_as<Weight>(mine, scratch, prepare);
+    if constexpr ((~(INT8 | INT4) & ((1 << products) - 1)) != 0) multiply_as<Weight>(mine, scratch, prepare);
 }

@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         !is_mine(mine, block, 2, mixed + MIX_V * row, value, value_scale, v, INNER, PLAIN) &&
         !is_mine(mine, block, 3, mixed + MIX_G * row, gate, gate_scale, g, INNER, PLAIN))
         is_mine(mine, block, 4, mixed + MIX_W * row, w1, w1_scale, hw, RANK, TANH);
-    multiply(mine, scratch, [&](float* inputs, float*) {
+    multiply<5>(mine, scratch, [&](float* inputs, float*) {
         wait_for_previous();
         const float* from = static_cast<const float*>(mine.from);
 #pragma unroll

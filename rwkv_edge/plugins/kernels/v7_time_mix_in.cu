@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
 #else
     const Source source = {stream_in, parts};
 #endif
-    multiply(mine, scratch, [&](float* inputs, float* space) {
+    multiply<RANK_V ? 7 : 6>(mine, scratch, [&](float* inputs, float* space) {
         const Vector weight(norm_weight), bias(norm_bias), share(static_cast<const Act*>(mine.from));
         const Rows before(shift);
         wait_for_previous();

@@ -3,26 +3,66 @@
 //
 // Further parameters: INNER (A), RANK_W, RANK_A, RANK_G, RANK_V (0 in layer 0). All of r, k, v, h* and y is float.
 // v_first is layer 0's v. Grid (H, B). state_out may be state_in: a thread reads its part before it writes it.
-#include "fused.cuh"
+//
+// With OUT 1, the third kernel is part of it: a block multiplies its head's y by the head's rows of the output matrix,
+// which leaves one partial sum a head for the residual stream, parts[H, B, WIDTH]. OUT_AHEAD: loads in flight of those.
+// Bits of INT8 and INT4: g2, output.
+#include "heads.cuh"
 
-constexpr int QUAD_LANES = power_of_two(HEAD / 4);  // threads of a row of the state
-constexpr int ROW_GROUPS = THREADS / QUAD_LANES;
-constexpr int ROWS = (HEAD + ROW_GROUPS - 1) / ROW_GROUPS;
-constexpr int CHANNELS = (HEAD + 31) / 32;  // of a lane, where a warp has the whole head
-constexpr int HIDDEN = RANK_W + RANK_A + RANK_G + RANK_V;
+constexpr int HIDDEN_W = skewed(RANK_W), HIDDEN_A = skewed(RANK_A), HIDDEN_G = skewed(RANK_G), HIDDEN_V = skewed(RANK_V);
 constexpr int LORAS = RANK_V > 0 ? 4 : 3;
 constexpr int FINISHED = (LORAS * HEAD + THREADS - 1) / THREADS;
+constexpr int HEAD_PITCH = skewed(HEAD);
 constexpr float DECAY_SCALE = -0.6065306597126334f;  // -exp(-0.5)
 
-typedef Matrix Gate;  // g2 alone may be int8: the others feed the state
+#if INT8 & 1
+typedef Int8 Gate;  // g2 alone may be int8: the other LoRAs feed the state
+#else
+typedef Weight Gate;
+#endif
+#if OUT
+#if INT8 & 2
+typedef Int8 Out;
+#elif INT4 & 2
+typedef Int4 Out;
+#else
+typedef Weight Out;
+#endif
+typedef Opened<Out, HEAD, WIDTH, OUT_AHEAD, WIDTH / PER<Out>> Output;
+#endif
 
-// What a matrix adds to the head's channels, summed over each warp: to[warp * pitch + channel].
-template <typename T, int rank>
-__device__ __forceinline__ void second_half(Columns<T, rank, HEAD>& matrix, const float* hidden, float* to, int pitch) {
-    float sums[BATCH][PER<T>] = {};
-    matrix.add(sums, hidden, 0);
-    warp_sums<Columns<T, rank, HEAD>::SPAN>(sums, to + threadIdx.x / 32 * pitch, HEAD);
-}
+struct Small {  // four channels of the head's parameters
+    float k_k[4], k_a[4], r_k[4], norm_weight[4], norm_bias[4];
+};
+
+// Four channels of the head, as every row of threads has them: what the recurrence takes, the bonus and the gate.
+struct Quads {
+    float r[4], w[4], k[4], v[4], kk[4], b[4], gate[4], bonus;
+
+    // From r, k, v as they were made, `finished` (decay, rate, gate, blend of the values) and layer 0's values.
+    __device__ __forceinline__ void complete(const Small& small, const float* finished, const float (&first)[4]) {
+        float rate[4], square = 0.0f;
+        bonus = 0.0f;
+        load4(w, finished), load4(rate, finished + HEAD), load4(gate, finished + 2 * HEAD);
+#if RANK_V
+        float blend[4];
+        load4(blend, finished + 3 * HEAD);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[e] += (first[e] - v[e]) * blend[e];
+#endif
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            kk[e] = k[e] * small.k_k[e];
+            square += kk[e] * kk[e];
+            k[e] *= (rate[e] - 1.0f) * small.k_a[e] + 1.0f;
+            bonus += r[e] * k[e] * small.r_k[e];
+        }
+        square = sum_lanes<QUAD_LANES>(square), bonus = sum_lanes<QUAD_LANES>(bonus);
+        const float inverse = 1.0f / fmaxf(sqrtf(square), 1e-12f);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) kk[e] *= inverse, b[e] = -kk[e] * rate[e];
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* r, const float* k, const float* v, const float* hw, const float* ha, const float* hg,
@@ -40,22 +80,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
 #endif
     const float* __restrict__ k_k, const float* __restrict__ k_a, const float* __restrict__ r_k,
     const float* __restrict__ norm_weight, const float* __restrict__ norm_bias, const float* state_in,
+#if OUT
+    const void* __restrict__ output, const Act* __restrict__ output_scale,
+#endif
 #if HALT
     const int* halted_flags,
 #endif
-    float* y, float* state_out) {
+    float* y, float* state_out) {  // with OUT, y is parts
     extern __shared__ __align__(16) unsigned char shared[];  // rings
-    __shared__ float hidden[HIDDEN];
+    __shared__ float hidden[HIDDEN_W + HIDDEN_A + HIDDEN_G + HIDDEN_V];
     __shared__ float partial[WARPS * LORAS * HEAD];
-    __shared__ __align__(16) float r_s[HEAD], w_s[HEAD], k_s[HEAD], v_s[HEAD], kk_s[HEAD], b_s[HEAD];
-    __shared__ float finished[LORAS * HEAD], y_s[HEAD];  // of a, g and v; w's place is empty
-    __shared__ float bonus_s;
+    __shared__ __align__(16) float finished[LORAS * HEAD];  // decay, rate, gate, blend
+    __shared__ __align__(16) float y_s[HEAD], of_warp[WARPS * HEAD_PITCH];
 
     const int channel = blockIdx.x * HEAD;
     const long long row_at = static_cast<long long>(blockIdx.y) * INNER + channel;
-    const long long corner = row_at * HEAD;
-    const int lane = threadIdx.x % 32, quad = threadIdx.x % QUAD_LANES, group = threadIdx.x / QUAD_LANES;
-    const bool has_quad = quad * 4 < HEAD;
 
     typedef Columns<Weight, RANK_W, HEAD> Decay;
     typedef Columns<Weight, RANK_A, HEAD> Rate;
@@ -64,26 +103,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     Rate rate(a2, INNER, 0, channel, shared + Decay::ROOM);
     Gates gate(g2, INNER, 0, channel, shared + Decay::ROOM + Rate::ROOM);
     decay.prefetch(), rate.prefetch(), gate.prefetch();
+    constexpr int THREE = Decay::ROOM + Rate::ROOM + Gates::ROOM;
 #if RANK_V
-    Columns<Weight, RANK_V, HEAD> blend(v2, INNER, 0, channel, shared + Decay::ROOM + Rate::ROOM + Gates::ROOM);
+    typedef Columns<Weight, RANK_V, HEAD> Blend;
+    Blend blend(v2, INNER, 0, channel, shared + THREE);
     blend.prefetch();
+    constexpr int ROOMS = THREE + Blend::ROOM;
+#else
+    constexpr int ROOMS = THREE;
 #endif
-    Packed<float> rows[ROWS];
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        const int row = group + i * ROW_GROUPS;
-        rows[i] = zero4<float>();
-        if (row < HEAD && has_quad) rows[i] = fetch4(state_in + corner + row * HEAD + quad * 4);
-    }
-    // small parameters, for the one warp that has all channels of the head
-    float k_k_c[CHANNELS], k_a_c[CHANNELS], r_k_c[CHANNELS], scale_c[CHANNELS], bias_c[CHANNELS];
-    if (threadIdx.x < 32)
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            const int at = channel + min(lane + 32 * c, HEAD - 1);
-            k_k_c[c] = k_k[at], k_a_c[c] = k_a[at], r_k_c[c] = r_k[at];
-            scale_c[c] = norm_weight[at], bias_c[c] = norm_bias[at];
-        }
+#if OUT
+    auto out = Output::from(output, output_scale, WIDTH, channel, 0, shared + ROOMS);
+    out.prefetch();
+#endif
+    const HeadState state(state_in + row_at * HEAD);
+    const int quad_at = state.has_quad ? state.quad * 4 : 0;  // lanes past the head repeat its first quad, for nothing
+    Small small;
+    load4(small.k_k, k_k + channel + quad_at), load4(small.k_a, k_a + channel + quad_at);
+    load4(small.r_k, r_k + channel + quad_at);
+    load4(small.norm_weight, norm_weight + channel + quad_at), load4(small.norm_bias, norm_bias + channel + quad_at);
     // of the LoRAs' outputs, LORAS * HEAD in the order w, a, g, v, thread t finishes those at t, t + THREADS, ...
     float offset[FINISHED], factor[FINISHED];
 #pragma unroll
@@ -92,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         offset[i] = 0.0f, factor[i] = 1.0f;
         if (at < HEAD) offset[i] = w0[n];
         else if (at < 2 * HEAD) offset[i] = widen(a0[n]);
-        else if (INT8 && at < 3 * HEAD) factor[i] = widen(g2_scale[n]);
+        else if ((INT8 & 1) && at < 3 * HEAD) factor[i] = widen(g2_scale[n]);
 #if RANK_V
         else if (at >= 3 * HEAD && at < 4 * HEAD) offset[i] = widen(v0[n]);
 #endif
@@ -103,42 +141,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     constexpr bool halted = false;
 #endif
     wait_for_previous();
-    for (int at = threadIdx.x; at < HIDDEN; at += THREADS) {
-        const int b = blockIdx.y;
-        float h;
-        if (at < RANK_W) h = hw[b * RANK_W + at];
-        else if (at < RANK_W + RANK_A) h = ha[b * RANK_A + at - RANK_W];
-        else if (at < RANK_W + RANK_A + RANK_G) h = hg[b * RANK_G + at - RANK_W - RANK_A];
+    float* const hidden_a = hidden + HIDDEN_W;
+    float* const hidden_g = hidden_a + HIDDEN_A;
+    for (int at = threadIdx.x; at < RANK_W; at += THREADS) hidden[skewed(at)] = hw[blockIdx.y * RANK_W + at];
+    for (int at = threadIdx.x; at < RANK_A; at += THREADS) hidden_a[skewed(at)] = ha[blockIdx.y * RANK_A + at];
+    for (int at = threadIdx.x; at < RANK_G; at += THREADS) hidden_g[skewed(at)] = hg[blockIdx.y * RANK_G + at];
 #if RANK_V
-        else h = hv[b * RANK_V + at - RANK_W - RANK_A - RANK_G];
-#else
-        else h = 0.0f;
+    float* const hidden_v = hidden_g + HIDDEN_G;
+    for (int at = threadIdx.x; at < RANK_V; at += THREADS) hidden_v[skewed(at)] = hv[blockIdx.y * RANK_V + at];
 #endif
-        hidden[at] = h;
-    }
-    // one warp has all channels of the head, so that its sums need no further barrier
-    float r_c[CHANNELS] = {}, k_c[CHANNELS] = {}, v_c[CHANNELS] = {};
+    // every row of threads has all channels of the head, so that its sums need no further barrier
+    Quads q;
+    float first[4] = {};
+    load4(q.r, r + row_at + quad_at), load4(q.k, k + row_at + quad_at), load4(q.v, v + row_at + quad_at);
 #if RANK_V
-    float first_c[CHANNELS] = {};
+    load4(first, v_first + row_at + quad_at);
 #endif
-    if (threadIdx.x < 32)
+    if (!state.has_quad)
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            const int n = lane + 32 * c;
-            if (n >= HEAD) continue;
-            r_c[c] = r[row_at + n], k_c[c] = k[row_at + n], v_c[c] = v[row_at + n];
-#if RANK_V
-            first_c[c] = v_first[row_at + n];
-#endif
-        }
+        for (int e = 0; e < 4; ++e) q.r[e] = q.k[e] = 0.0f;
     __syncthreads();
 
     constexpr int pitch = LORAS * HEAD;
     second_half(decay, hidden, partial, pitch);
-    second_half(rate, hidden + RANK_W, partial + HEAD, pitch);
-    second_half(gate, hidden + RANK_W + RANK_A, partial + 2 * HEAD, pitch);
+    second_half(rate, hidden_a, partial + HEAD, pitch);
+    second_half(gate, hidden_g, partial + 2 * HEAD, pitch);
 #if RANK_V
-    second_half(blend, hidden + RANK_W + RANK_A + RANK_G, partial + 3 * HEAD, pitch);
+    second_half(blend, hidden_v, partial + 3 * HEAD, pitch);
 #endif
     __syncthreads();
 #pragma unroll
@@ -146,86 +175,74 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         const int at = threadIdx.x + i * THREADS;
         if (at >= LORAS * HEAD) continue;
         const float sum = over_warps(partial, pitch, at) * factor[i] + offset[i];
-        if (at < HEAD) w_s[at] = expf(DECAY_SCALE * sigmoid(sum));
+        if (at < HEAD) finished[at] = expf(DECAY_SCALE * sigmoid(sum));
         else finished[at] = at < 2 * HEAD || at >= 3 * HEAD ? sigmoid(sum) : sum;
     }
     __syncthreads();
 
-    if (threadIdx.x < 32) {
-        float a_c[CHANNELS], kk_c[CHANNELS], square = 0.0f, bonus = 0.0f;
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            const int n = lane + 32 * c;
-            a_c[c] = kk_c[c] = 0.0f;
-            if (n >= HEAD) continue;
-            a_c[c] = finished[HEAD + n];
-#if RANK_V
-            v_c[c] += (first_c[c] - v_c[c]) * finished[3 * HEAD + n];
-#endif
-            kk_c[c] = k_c[c] * k_k_c[c];
-            square += kk_c[c] * kk_c[c];
-            k_c[c] *= (a_c[c] - 1.0f) * k_a_c[c] + 1.0f;
-            bonus += r_c[c] * k_c[c] * r_k_c[c];
-        }
-        square = sum_lanes<32>(square);
-        bonus = sum_lanes<32>(bonus);
-        const float inverse = 1.0f / fmaxf(sqrtf(square), 1e-12f);
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            const int n = lane + 32 * c;
-            if (n >= HEAD) continue;
-            kk_c[c] *= inverse;
-            r_s[n] = r_c[c], k_s[n] = k_c[c], v_s[n] = v_c[c], kk_s[n] = kk_c[c], b_s[n] = -kk_c[c] * a_c[c];
-        }
-        if (lane == 0) bonus_s = bonus;
-    }
-    __syncthreads();
-
-    float r_q[4] = {}, w_q[4] = {}, k_q[4] = {}, kk_q[4] = {}, b_q[4] = {};
-    if (has_quad) {
-        load4(r_q, r_s + quad * 4), load4(w_q, w_s + quad * 4), load4(k_q, k_s + quad * 4);
-        load4(kk_q, kk_s + quad * 4), load4(b_q, b_s + quad * 4);
-    }
+    q.complete(small, finished + quad_at, first);
+    float* const mine = of_warp + threadIdx.x / 32 * HEAD_PITCH;  // first the values, then y
+    if (state.has_quad) store4(mine + skewed(quad_at), q.v);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-        const int row = group + i * ROW_GROUPS;
-        float s[4], removed = 0.0f, out = 0.0f;
-        widen4(s, rows[i]);
+        const int row = state.row(i);
+        float s[4], removed = 0.0f, given = 0.0f;
+        widen4(s, state.rows[i]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) removed += s[e] * kk_q[e];
+        for (int e = 0; e < 4; ++e) removed += s[e] * q.kk[e];
         removed = sum_lanes<QUAD_LANES>(removed);
-        const float value = row < HEAD ? v_s[row] : 0.0f;
+        const float value = row < HEAD ? mine[skewed(row)] : 0.0f;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            s[e] = s[e] * w_q[e] + removed * b_q[e] + value * k_q[e];
-            out += s[e] * r_q[e];
+            s[e] = s[e] * q.w[e] + removed * q.b[e] + value * q.k[e];
+            given += s[e] * q.r[e];
         }
-        out = sum_lanes<QUAD_LANES>(out);
+        given = sum_lanes<QUAD_LANES>(given);
         if (row < HEAD) {
-            if (has_quad && !halted) store4(state_out + corner + row * HEAD + quad * 4, s);
-            if (quad == 0) y_s[row] = out;
+            if (state.has_quad && !halted) store4(state_out + (row_at + row) * HEAD + state.quad * 4, s);
+            if (state.quad == 0) y_s[row] = given;
         }
     }
     __syncthreads();
 
-    if (threadIdx.x < 32) {
-        float y_c[CHANNELS], mean = 0.0f, square = 0.0f;
+    float y_q[4] = {}, mean = 0.0f, square = 0.0f;
+    if (state.has_quad) load4(y_q, y_s + quad_at);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            y_c[c] = lane + 32 * c < HEAD ? y_s[lane + 32 * c] : 0.0f;
-            mean += y_c[c];
-        }
-        mean = sum_lanes<32>(mean) / HEAD;
+    for (int e = 0; e < 4; ++e) mean += y_q[e];
+    mean = sum_lanes<QUAD_LANES>(mean) / HEAD;
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c)
-            if (lane + 32 * c < HEAD) square += (y_c[c] - mean) * (y_c[c] - mean);
-        const float inverse = rsqrtf(sum_lanes<32>(square) / HEAD + 64e-5f);
+    for (int e = 0; e < 4; ++e) square += state.has_quad ? (y_q[e] - mean) * (y_q[e] - mean) : 0.0f;
+    const float inverse = rsqrtf(sum_lanes<QUAD_LANES>(square) / HEAD + 64e-5f);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-            const int n = lane + 32 * c;
-            if (n >= HEAD) continue;
-            const float normed = (y_c[c] - mean) * inverse * scale_c[c] + bias_c[c];
-            y[row_at + n] = (normed + bonus_s * v_s[n]) * finished[2 * HEAD + n];
-        }
+    for (int e = 0; e < 4; ++e) {
+        const float normed = (y_q[e] - mean) * inverse * small.norm_weight[e] + small.norm_bias[e];
+        y_q[e] = (normed + q.bonus * q.v[e]) * q.gate[e];
     }
+#if !OUT
+    if (state.group == 0 && state.has_quad) store4(y + row_at + quad_at, y_q);
+#else
+    if (state.has_quad) store4(mine + skewed(quad_at), y_q);
+    __syncwarp();
+    typedef Output::Found Turns;
+    constexpr int COLUMNS = Turns::MANY;
+    float sums[BATCH][COLUMNS] = {};
+    out.add(sums, mine, 0);
+    float* const scratch = reinterpret_cast<float*>(shared + RING);  // [GROUPS, WIDTH]
+    const int column = threadIdx.x % Turns::SPAN * COLUMNS;
+    if (out.inside)
+#pragma unroll
+        for (int e = 0; e < COLUMNS; e += 4) {
+            const float four[4] = {sums[0][e], sums[0][e + 1], sums[0][e + 2], sums[0][e + 3]};
+            store4(scratch + threadIdx.x / Turns::SPAN * WIDTH + column + e, four);
+        }
+    __syncthreads();
+    float* const parts = y + (static_cast<long long>(blockIdx.x) * gridDim.y + blockIdx.y) * WIDTH;
+    for (int at = threadIdx.x; at < WIDTH; at += THREADS) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int group = 0; group < Turns::GROUPS; ++group) sum += scratch[group * WIDTH + at];
+        parts[at] = INT8 & 2 ? sum * widen(output_scale[at]) : sum;
+    }
+#endif
 }
