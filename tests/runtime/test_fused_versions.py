@@ -29,7 +29,7 @@ from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.session import open_session
 
 MODELS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
-    "4": lambda: random_v4(Shape(3, 128)),
+    "4": lambda: random_v4(Shape(3, 128, vocab_size=277)),  # as odd as the 50277 of released ones
     "4, wide attention": lambda: random_v4(Shape(2, 72, ffn_mult=3, n_att=312)),
     "5.0": lambda: random_v5(Shape(3, 128, head_size=32), "5.0"),
     "5.1": lambda: random_v5(Shape(2, 128, head_size=32), "5.1"),
