@@ -64,8 +64,8 @@ def session_options(function: F) -> F:
     )(function)  # fmt: skip
     return click.option(
         "--backend", type=click.Choice(SESSION_BACKENDS), default="auto", show_default=True,
-        help="What runs the artifact. auto: engines of `rwkv-edge build` that fit this machine, else ONNX Runtime; "
-        "cuda: our own kernels, for RWKV-7.",
+        help="What runs the artifact. auto: engines of `rwkv-edge build` that fit this machine, else our own kernels "
+        "(cuda) where there is an NVIDIA GPU, else ONNX Runtime.",
     )(function)  # fmt: skip
 
 

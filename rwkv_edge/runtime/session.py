@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.engines import ENGINE_BACKENDS
 from rwkv_edge.errors import ArtifactError, InputError, SessionError, StateError
+from rwkv_edge.runtime.auto import engine_backend, kernels_fit
 from rwkv_edge.spec import ModelSpec, float32_from_stored, stored_from_float32
 
 BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
@@ -135,9 +135,10 @@ def open_session(
 
     Args:
         path: the folder that ``rwkv-edge export`` wrote, or an ``.onnx`` file of it.
-        backend: 'onnxruntime', 'cuda' for our own kernels (RWKV-7 on an NVIDIA GPU), 'tensorrt' or 'tensorrt-rtx' for
-            engines that 'rwkv-edge build' made, or 'auto': engines that fit what is installed and the GPU, where there
-            are any and no provider is named, else ONNX Runtime.
+        backend: 'onnxruntime', 'cuda' for our own kernels on an NVIDIA GPU, 'tensorrt' or 'tensorrt-rtx' for engines
+            that 'rwkv-edge build' made, or 'auto': engines that fit what is installed and the GPU, where there are any,
+            else our own kernels where they run the model on a GPU that is there, else ONNX Runtime. What is ONNX
+            Runtime's alone (providers, threads, prepack) chooses that.
         providers: execution providers of ONNX Runtime, in order, as 'cuda' or 'cuda:device_id=1'; the CPU's where none
             is named. On CUDA the state stays on the GPU and steps are CUDA graphs ('cuda:enable_cuda_graph=0': not).
         threads: compute threads; 0 leaves the choice to the backend.
@@ -162,30 +163,19 @@ def open_session(
 
         return session_from_graph(path, providers, threads, prepack)
     artifact = Artifact.open(path)
-    if backend == "cuda":
-        from rwkv_edge.runtime.cuda import CudaSession
-
-        return CudaSession(artifact, check_content)
-    if engines := _engine_backend(artifact, backend, providers):
+    if backend == "auto" and (providers or threads or prepack):
+        backend = "onnxruntime"
+    if engines := engine_backend(artifact, backend):
         from rwkv_edge.runtime.tensorrt import TrtSession
 
         return TrtSession(artifact, engines, check_content)
+    if backend == "cuda" or (backend == "auto" and kernels_fit(artifact)):
+        from rwkv_edge.runtime.cuda import CudaSession
+
+        return CudaSession(artifact, check_content)
     from rwkv_edge.runtime.onnxruntime import OrtSession
 
     return OrtSession(artifact, providers, threads, check_content, prepack)
-
-
-def _engine_backend(artifact: Artifact, backend: str, providers: Sequence[str] | None) -> str | None:
-    """The backend whose engines run the artifact; None for its graphs."""
-    engines = artifact.manifest.engines
-    if backend != "auto" or providers or not engines:
-        return backend if backend in ENGINE_BACKENDS else None
-    from rwkv_edge.runtime.tensorrt import fitting_backend
-
-    found = fitting_backend(artifact)
-    if found is None and not artifact.manifest.graphs:
-        return engines[0].backend  # there is nothing else in it: its refusal says what to do
-    return found
 
 
 def spec_from_metadata(text: str | None, path: Path) -> ModelSpec:
