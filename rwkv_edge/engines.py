@@ -35,8 +35,8 @@ ENGINE_BACKENDS: Mapping[str, Backend] = {
 """In the order in which 'auto' looks for them."""
 
 WKV_CHOICES = ("plugin", "fused", "function", "inline")
-"""How a step runs: CUDA kernels in the place of local functions, the bodies of fused nodes, the body of the recurrence's
-function, or operators in the graph."""
+"""How a step runs: CUDA kernels in the place of local functions, the bodies of fused nodes, the body of the
+recurrence's function, or operators in the graph."""
 
 CANDIDATE_LOGITS, CANDIDATE_TOKENS, CANDIDATE_NORM = "candidates.logits", "candidates.tokens", "candidates.norm"
 """Outputs of an engine with candidates: the K largest logits of each stream, their tokens, and log Σ exp(logits)."""

@@ -74,6 +74,10 @@ class FusedEngine:
         (cast,) = [node for node in self.model.graph.node if node.op_type == "Cast" and node.input[0] == "token"]
         self.values[cast.output[0]] = Value(tokens.astype(np.int32), "int32")
         for node in self.model.graph.node:
+            if node.op_type == "Split":  # stacked coefficients, for kernels that take them one by one
+                stacked = self.values[node.input[0]]
+                parts = np.split(stacked.array, len(node.output))
+                self.values.update({n: Value(x, stacked.dtype) for n, x in zip(node.output, parts, strict=True)})
             if node.domain == "rwkv":
                 inputs = [self.values[name] for name in node.input]
                 outputs = self._run(node.op_type, inputs)
@@ -90,6 +94,8 @@ class FusedEngine:
         total = next(node for node in self.model.graph.node if node.op_type == "Sum")
         assert total.input[1] == summed.output[0]
         x = self.values[total.input[0]].wide + self.values[summed.input[0]].wide.sum(0)
+        if self.spec.rescale and self.spec.n_layer % self.spec.rescale == 0:
+            x = x * 0.5
         x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         norm = [self.weights[f"ln_out.{part}"].wide for part in ("weight", "bias")]
         return (x * norm[0] + norm[1]) @ self.weights["head"].wide

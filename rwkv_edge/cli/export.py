@@ -25,7 +25,7 @@ from rwkv_edge.cli.progress import count_progress
 @click.option(
     "--wkv", type=click.Choice(["inline", "function", "fused", "plugin"]), default="inline", show_default=True,
     help="The recurrence as plain operators, as local functions (rwkv::wkv7_step, wkv7_sequence), or, in a TensorRT "
-    "engine, as CUDA kernels in their place; fused: a step of five local functions a layer (RWKV-7).",
+    "engine, as CUDA kernels in their place; fused: a step of local functions alone, five a layer in RWKV-7.",
 )  # fmt: skip
 @click.option(
     "--chunk", "chunks", type=click.IntRange(0), multiple=True, metavar="T", default=(16, 64, 256),

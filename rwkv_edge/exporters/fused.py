@@ -7,24 +7,31 @@ takes and gives what the one in plain operators does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder, build_function
 
 from rwkv_edge.errors import InputError
-from rwkv_edge.exporters import fused_v7
+from rwkv_edge.exporters import fused_gated, fused_v7
 from rwkv_edge.exporters.fused_tracer import BodyTracer, WideTracer
 from rwkv_edge.exporters.layout import WeightLayout
 from rwkv_edge.exporters.tracer import FUNCTION_DOMAIN, OPSET, Symbol
 from rwkv_edge.plugins.fused_nodes import ACT, EMBEDDING, FUSED_VERSIONS, SCALE, FusedNode, fused_layers
+from rwkv_edge.plugins.fused_versions import KERNELS
 from rwkv_edge.plugins.spec import Argument
 from rwkv_edge.spec import ModelSpec
 
-Body = Callable[[BodyTracer, Mapping[str, Symbol]], dict[str, Symbol]]
-
-BODIES: Final[Mapping[str, Mapping[str, Body]]] = {"7": fused_v7.BODIES}
-"""By version and name of the node."""
+BODIES: Final[Mapping[str, Mapping[str, Callable[[BodyTracer], dict[str, Symbol]]]]] = {
+    "4": fused_gated.BODIES4,
+    "5.0": fused_gated.BODIES5,
+    "5.1": fused_gated.BODIES5,
+    "5.2": fused_gated.BODIES5,
+    "6": fused_gated.BODIES6,
+    "7": fused_v7.BODIES,
+    "7a": fused_v7.BODIES,
+}
+"""By version and kind of node."""
 
 NORMS: Final = {"att": "ln1", "ffn": "ln2"}
 """The layer norm before each half of a layer."""
@@ -36,15 +43,13 @@ def check_fused(spec: ModelSpec) -> None:
     """Refuse, before anything is written, a model whose step has no fused nodes.
 
     Raises:
-        InputError: another version, or a residual stream that is halved between layers.
+        InputError: another version.
     """
     if spec.version not in FUSED_VERSIONS:
         known = ", ".join(f"RWKV-{version}" for version in FUSED_VERSIONS)
         raise InputError(
             f"fused nodes exist for {known}, but this is RWKV-{spec.version}; export it with --wkv function or inline"
         )
-    if spec.rescale:
-        raise InputError("fused nodes keep the residual stream in float32 and never halve it; export with --rescale 0")
 
 
 class FusedTracer(WideTracer):
@@ -59,7 +64,8 @@ class FusedTracer(WideTracer):
         edges = {"tokens": self._cast(tokens, ir.DataType.INT32)}
         after: dict[str, Symbol] = {}
         for layer in range(spec.n_layer):
-            for node in self._layers.of(layer):
+            edges |= self._rows_of_mix(layer)
+            for node in self._layers.of(layer, spec.rescale):
                 inputs = [self._input(a.name, node, layer, edges, state) for a in node.inputs]
                 for name, value in self._called(node, inputs).items():
                     state_name = _state_name(name, node, layer)
@@ -67,8 +73,18 @@ class FusedTracer(WideTracer):
                         after[state_name] = value
                     else:
                         edges[name] = value
-        x = self.summed(edges["stream"], edges["parts"])
+        halves = spec.rescale > 0 and spec.n_layer % spec.rescale == 0
+        x = self.summed(edges["stream"], edges["parts"], halves)
         return self.linear(self.layer_norm(x, "ln_out"), "head"), after
+
+    def _rows_of_mix(self, layer: int) -> dict[str, Symbol]:
+        """The coefficients that are stored stacked, for kernels that take them one by one: [1, 1, D] each."""
+        names = KERNELS[self._spec.version].rows
+        if not names:
+            return {}
+        stacked = self._stored(f"blocks.{layer}.att.mix").value
+        parts = self.op.Split(stacked, axis=0, num_outputs=len(names), _outputs=len(names))
+        return {f"att.{name}": self.symbol(part) for name, part in zip(names, parts, strict=True)}
 
     def _input(
         self, name: str, node: FusedNode, layer: int, edges: Mapping[str, Symbol], state: Mapping[str, Symbol]
@@ -77,7 +93,10 @@ class FusedTracer(WideTracer):
         state_name = _state_name(name, node, layer)
         if state_name in state:
             return state[state_name]
-        return edges[name] if name in edges else self._stored(_weight_name(name, node, layer))
+        for edge in (name, f"{node.part}.{name}"):
+            if edge in edges:
+                return edges[edge]
+        return self._stored(_weight_name(name, node, layer))
 
     def _called(self, node: FusedNode, inputs: Sequence[Symbol]) -> dict[str, Symbol]:
         """The outputs of a call by name, with the types and shapes that the builder cannot infer through a function."""
@@ -99,16 +118,18 @@ class FusedTracer(WideTracer):
 
     def _function(self, node: FusedNode, inputs: Sequence[Symbol]) -> ir.Function:
         """The local function of a node."""
-        body = BODIES[self._spec.version][node.name]
+        body = BODIES[self._spec.version][node.kind]
 
-        def trace(op: object, *values: ir.Value) -> list[ir.Value]:
+        def trace(op: Any, *values: ir.Value) -> list[ir.Value]:
             given = {a.name: Symbol(value, op) for a, value in zip(node.inputs, values, strict=True)}
-            found = body(BodyTracer(op, self._spec, self._layout, given), given)
-            return [found[a.name].value for a in node.outputs]
+            found = body(BodyTracer(op, self._spec, self._layout, given, node.halves))
+            outputs = [found[a.name].value for a in node.outputs]
+            return [op.Identity(x) if x in outputs[:i] else x for i, x in enumerate(outputs)]
 
-        formal = [
-            ir.Value(name=a.name, type=x.value.type, shape=x.value.shape)
-            for a, x in zip(node.inputs, inputs, strict=True)
+        names = [a.name for a in node.inputs]
+        formal = [  # an argument may stand there twice
+            ir.Value(name=name if name not in names[:i] else f"{name}.{i}", type=x.value.type, shape=x.value.shape)
+            for i, (name, x) in enumerate(zip(names, inputs, strict=True))
         ]
         return build_function(trace, formal, domain=FUNCTION_DOMAIN, name=node.name, opset_imports={"": OPSET})
 

@@ -100,13 +100,13 @@ def _register_wkv(trtp: Any, module: str, version: Version, kind: Kind) -> None:
 def _register_fused(trtp: Any, trt: Any, node: FusedNode) -> None:
     """A kernel of `rwkv_edge.plugins.fused`, compiled for the shapes of the node."""
     names = [f"input_{i}" for i in range(len(node.inputs))]  # TensorRT takes no 'stream' and no dots
-    act = next(i for i, argument in enumerate(node.inputs) if argument.dtype == ACT)
+    act = next((i for i, argument in enumerate(node.inputs) if argument.dtype == ACT), None)
 
     def describe(*descriptors: Any) -> tuple[Any, ...]:
         sizes = {**_sizes(node, descriptors), "1": 1}
         known = not sizes["B"].is_fake  # else only types are asked for
         sizes["S"] = node.parts(_constants(node, descriptors)) if known else 1
-        dtypes = {ACT: descriptors[act].dtype, "float32": trt.DataType.FLOAT}
+        dtypes = {"float32": trt.DataType.FLOAT} | ({} if act is None else {ACT: descriptors[act].dtype})
         return tuple(
             trtp.from_shape_expr(tuple(sizes[letter] for letter in output.axes), dtypes[output.dtype])
             for output in node.outputs
@@ -118,7 +118,8 @@ def _register_fused(trtp: Any, trt: Any, node: FusedNode) -> None:
 
     def kernel(*arguments: Any) -> tuple[Any, ...]:
         given = arguments[: len(names)]
-        made = node.kernel(_constants(node, given), ACT_DTYPES[given[act].dtype.name])
+        dtype = "float32" if act is None else ACT_DTYPES[given[act].dtype.name]  # some recurrences take float32 alone
+        made = node.kernel(_constants(node, given), dtype)
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = made.grid
         launch.block_x, launch.block_y, launch.block_z = made.threads, 1, 1

@@ -88,8 +88,11 @@ def test_every_version_builds(version: str, precision: str, rtx: Any, tmp_path: 
         assert [e.targets for e in engines] == [("sm86", "sm89")] * len(engines)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("version", FUSED_VERSIONS)
+FUSED = [("7", precision) for precision in ("fp32", "fp16", "bf16")]
+FUSED += [(version, "fp16") for version in FUSED_VERSIONS if version != "7"]
+
+
+@pytest.mark.parametrize(("version", "precision"), FUSED)
 def test_bodies_of_fused_nodes_build(version: str, precision: str, rtx: Any, tmp_path: Path) -> None:
     checkpoint = save_pth(MAKERS[version](), tmp_path / "model.pth")
     folder = tmp_path / "fused"

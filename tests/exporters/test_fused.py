@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rwkv_edge.checkpoints import open_checkpoint
 from rwkv_edge.cli import run
 from rwkv_edge.evaluation.synthetic import Shape7, random_v7, save_pth
 from rwkv_edge.evaluation.verify import verify_artifact
+from rwkv_edge.exporters import fused
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
 from rwkv_edge.plugins.fused_nodes import FUSED_VERSIONS, fused_layers
 from rwkv_edge.runtime.session import Session, open_session
@@ -49,29 +51,38 @@ def test_the_same_steps(shape: str, precision: str, batch: int | None, tmp_path:
     """From a state that is not zero, with repeated tokens, after chunks and before."""
     checkpoint = save_pth(random_v7(SHAPES[shape]), tmp_path / "model.pth")
     common = {"chunks": (5,) if precision == "fp16" else (), "precision": precision, "batch": batch}
-    fused = exported(checkpoint, tmp_path / "fused", wkv="fused", **common)
-    plain = exported(checkpoint, tmp_path / "plain", wkv="inline", **common)
+    sessions = [exported(checkpoint, tmp_path / wkv, wkv=wkv, **common) for wkv in ("fused", "inline")]
+    assert_same_steps(sessions, RELATIVE[precision])
+
+
+def assert_same_steps(sessions: Sequence[Session[Any]], relative: float) -> None:
+    """Two streams, prompts and single steps, and the state after them."""
     draw = np.random.default_rng(0)
-    arrays = {t.name: draw.normal(0, 0.5, (2, *t.shape)).astype(np.float32) for t in plain.spec.state}
-    states = [session.import_state(arrays) for session in (fused, plain)]
-    tokens = draw.integers(0, plain.spec.vocab_size, (2, 19))
+    spec = sessions[0].spec
+    arrays = {t.name: draw.normal(0, 0.5, (2, *t.shape)).astype(np.float32) for t in spec.state}
+    arrays = {name: np.abs(x) + 0.1 if name.startswith("wkv_den") else x for name, x in arrays.items()}
+    states = [session.import_state(arrays) for session in sessions]
+    tokens = draw.integers(0, spec.vocab_size, (2, 19))
     tokens[:, 4] = tokens[:, 3]
     for part in (tokens[:, :1], tokens[:, 1:8], tokens[:, 8:]):
-        found, expected = (s.prefill(part, state) for s, state in zip((fused, plain), states, strict=True))
-        assert_close(found, expected, RELATIVE[precision])
+        found, expected = (s.prefill(part, state) for s, state in zip(sessions, states, strict=True))
+        assert_close(found, expected, relative)
     for token in tokens.T:
-        found, expected = (s.step(token, state) for s, state in zip((fused, plain), states, strict=True))
-        assert_close(found, expected, RELATIVE[precision])
-    after = plain.export_state(states[1])
-    for name, array in fused.export_state(states[0]).items():
-        assert_close(array, after[name], RELATIVE[precision])
+        found, expected = (s.step(token, state) for s, state in zip(sessions, states, strict=True))
+        assert_close(found, expected, relative)
+    after = sessions[1].export_state(states[1])
+    for name, array in sessions[0].export_state(states[0]).items():
+        assert_close(array, after[name], relative)
 
 
+@pytest.mark.parametrize("precision", RELATIVE)
 @pytest.mark.parametrize("version", FUSED_VERSIONS)
-def test_every_version_is_verified(version: str, tmp_path: Path) -> None:
-    """Against torch, as `rwkv-edge verify` does."""
+def test_every_version(version: str, precision: str, tmp_path: Path) -> None:
+    """Two layers, whose stream is halved after each in float32, and in float16 as the version has it."""
     checkpoint = save_pth(MAKERS[version](), tmp_path / "model.pth")
-    exported(checkpoint, tmp_path / "fused", wkv="fused", chunks=(), batch=1)
+    common = {"chunks": (), "batch": 2, "precision": precision, "rescale": 1 if precision == "fp32" else None}
+    sessions = [exported(checkpoint, tmp_path / wkv, wkv=wkv, **common) for wkv in ("fused", "inline")]
+    assert_same_steps(sessions, RELATIVE[precision])
     assert verify_artifact(tmp_path / "fused", checkpoint).passed
 
 
@@ -112,9 +123,9 @@ def test_v_first_is_an_edge_to_all_later_layers(tmp_path: Path) -> None:
 
 def test_weights_are_shared(made: Path) -> None:
     """One weights.bin, the same as of plain operators; what a graph holds itself is small."""
-    fused, inline = (Artifact.open(made / wkv).manifest for wkv in ("fused", "inline"))
-    assert fused.model_hash == inline.model_hash
-    assert fused.files["weights.json"] == inline.files["weights.json"]
+    step, inline = (Artifact.open(made / wkv).manifest for wkv in ("fused", "inline"))
+    assert step.model_hash == inline.model_hash
+    assert step.files["weights.json"] == inline.files["weights.json"]
     graph = onnx.load(made / "fused" / "step.onnx", load_external_data=False).graph
     outside = [x.name for x in graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]
     weights = {entry["name"] for entry in json.loads((made / "fused" / "weights.json").read_text())}
@@ -126,16 +137,16 @@ def test_weights_are_shared(made: Path) -> None:
 
 def test_what_the_manifest_and_info_say(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The step is of fused nodes, the chunks are in plain operators; nothing else differs from those."""
-    fused, inline = (Artifact.open(made / wkv).manifest for wkv in ("fused", "inline"))
-    assert [(graph.file, graph.wkv) for graph in fused.graphs] == [
+    step, inline = (Artifact.open(made / wkv).manifest for wkv in ("fused", "inline"))
+    assert [(graph.file, graph.wkv) for graph in step.graphs] == [
         ("step.onnx", "fused"),
         ("prefill-16.onnx", "inline"),
     ]
-    assert fused.spec == inline.spec
-    assert fused.files["prefill-16.onnx"] == inline.files["prefill-16.onnx"]
+    assert step.spec == inline.spec
+    assert step.files["prefill-16.onnx"] == inline.files["prefill-16.onnx"]
     capsys.readouterr()
     assert run(["info", str(made / "fused"), "--no-probe"]) == 0
-    assert f"step.onnx: {fused.graphs[0].nodes} nodes, wkv fused, " in capsys.readouterr().out
+    assert f"step.onnx: {step.graphs[0].nodes} nodes, wkv fused, " in capsys.readouterr().out
 
 
 def test_bf16_has_a_twin_in_plain_operators(tmp_path: Path) -> None:
@@ -149,19 +160,15 @@ def test_bf16_has_a_twin_in_plain_operators(tmp_path: Path) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize("version", sorted(set(MAKERS) - set(FUSED_VERSIONS)))
-def test_versions_without_fused_nodes(version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = save_pth(MAKERS[version](), tmp_path / "model.pth")
-    found = refusal(capsys, "export", checkpoint, "-o", tmp_path / "fused", "--wkv", "fused")
-    assert found.startswith("fused nodes exist for RWKV-7")
-    assert found.endswith(f"but this is RWKV-{version}; export it with --wkv function or inline")
-    assert not (tmp_path / "fused").exists()
-
-
-def test_a_halved_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = write_checkpoint(tmp_path / "model.pth")
-    found = refusal(capsys, "export", checkpoint, "-o", tmp_path / "fused", "--wkv", "fused", "--rescale", "1")
-    assert found == "fused nodes keep the residual stream in float32 and never halve it; export with --rescale 0"
+def test_versions_without_fused_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fused, "FUSED_VERSIONS", ("4", "6"))
+    found = refusal(capsys, "export", write_checkpoint(tmp_path / "a.pth"), "-o", tmp_path / "a", "--wkv", "fused")
+    assert found == (
+        "fused nodes exist for RWKV-4, RWKV-6, but this is RWKV-7; export it with --wkv function or inline"
+    )
+    assert not (tmp_path / "a").exists()
 
 
 def test_quantization(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import cuda_double
+import cuda_versions_double
 import numpy as np
 import onnx
 import pytest
 import trtp_double
 from fused_engine import Bodies, FusedEngine, Value
+from makers import MAKERS
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.checkpoints import open_checkpoint
@@ -33,7 +35,7 @@ from rwkv_edge.plugins.tensorrt import register_plugins
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.spec import ModelSpec, matrix_state, stored_from_float32
 
-SHAPES = {
+SHAPES: dict[str, Shape7] = {
     "one head": Shape7(2, 64, 256, 64, 4, (32, 32, 16, 32)),
     "many heads": Shape7(3, 192, 320, 32, 4, (16, 8, 8, 48)),
     "wide heads": Shape7(2, 256, 512, 128, 3.5, (64, 64, 32, 128)),
@@ -43,6 +45,8 @@ SHAPES = {
 }
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 """Over the largest value: a body rounds the input and the output of a product to 16 bits, a kernel neither."""
+VERSIONS = {f"RWKV-{version}": make for version, make in MAKERS.items() if version != "7"}
+HALVED = "RWKV-6"  # after every layer
 BATCHES = (1, 3, 8)
 STEPS = 6
 
@@ -50,6 +54,8 @@ STEPS = 6
 def is_run(where: str, name: str, precision: str, batch: int) -> bool:
     """Large widths only on a GPU, where a block has no memory for the inputs of 8 streams, and not in bfloat16, which
     numpy multiplies number by number; 16 bits in one small shape; without a GPU all numbers of streams in one."""
+    if name in VERSIONS:
+        return batch == 3 and (where == "gpu" or precision == "fp32" or name == HALVED)
     if name == "1.5B's widths":
         return where == "gpu" and precision != "bf16" and batch < 8
     if where == "numpy" and batch != 3 and name != "one head":
@@ -59,7 +65,7 @@ def is_run(where: str, name: str, precision: str, batch: int) -> bool:
 
 CASES = [
     pytest.param(case, id="-".join(map(str, case)), marks=[pytest.mark.gpu] * (case[0] == "gpu"))
-    for case in itertools.product(("numpy", "gpu"), SHAPES, TOLERANCE, BATCHES)
+    for case in itertools.product(("numpy", "gpu"), (*SHAPES, *VERSIONS), TOLERANCE, BATCHES)
     if is_run(*case)
 ]
 
@@ -86,9 +92,13 @@ def setting(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         request.getfixturevalue("nvrtc_architectures")
         driver = cuda_double.Driver()
         monkeypatch.setattr(FusedKernel, "ptx", cuda_double.described)
+        monkeypatch.setattr(cuda_double, "KERNELS", cuda_double.KERNELS | cuda_versions_double.KERNELS)
     module = registered(monkeypatch, driver.capability)
-    checkpoint = open_checkpoint(save_pth(random_v7(SHAPES[name]), tmp_path / "model.pth"))
-    options = ExportOptions(precision=precision, batch=batch, wkv="fused", chunks=(), tokenizer="none")
+    weights = VERSIONS[name]() if name in VERSIONS else random_v7(SHAPES[name])
+    checkpoint = open_checkpoint(save_pth(weights, tmp_path / "model.pth"))
+    options = ExportOptions(
+        precision=precision, batch=batch, wkv="fused", chunks=(), tokenizer="none", rescale=int(name == HALVED)
+    )
     export_checkpoint(checkpoint, tmp_path / "fused", options)
     export_checkpoint(checkpoint, tmp_path / "plain", replace(options, wkv="inline", precision="fp32"))
     engine = FusedEngine(tmp_path / "fused", driver, module)
@@ -109,7 +119,8 @@ def registered(monkeypatch: pytest.MonkeyPatch, capability: int) -> trtp_double.
 
 def random_state(spec: ModelSpec, batch: int) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(1)
-    return {t.name: draw.normal(0, 0.5, (batch, *t.shape)).astype(np.float32) for t in spec.state}
+    arrays = {t.name: draw.normal(0, 0.5, (batch, *t.shape)).astype(np.float32) for t in spec.state}
+    return {name: np.abs(x) + 0.1 if name.startswith("wkv_den") else x for name, x in arrays.items()}
 
 
 def stored(arrays: dict[str, np.ndarray], spec: ModelSpec) -> dict[str, Value]:
@@ -190,14 +201,19 @@ def test_a_block_has_memory_enough_on_every_device(
         assert kernel.shared + (int(found[1]) if found else 0) <= 48 << 10, node.name
 
 
-def test_arguments_are_those_of_the_kernels() -> None:
-    """Names and order, for the shapes of a model."""
-    for version in FUSED_VERSIONS:
-        for node in fused_layers(version).nodes.values():
-            kernel = node.kernel(sizes_of(node, spec_of("0.1B", 2)), "float16")
-            assert tuple(argument.name for argument in node.inputs) == kernel.inputs
-            assert tuple(argument.name for argument in node.outputs) == kernel.outputs
-            assert "halted" not in kernel.inputs
+@pytest.mark.parametrize("version", FUSED_VERSIONS)
+def test_arguments_are_those_of_the_kernels(version: str) -> None:
+    """Names and order, for the shapes of a model; one of them halves the stream."""
+    spec = spec_of("0.1B", 2)
+    spec = replace(spec, extra={**spec.extra, "rank_decay": 0, "rank_mix": 32, "rank_deep_embed": 32})
+    halving = []
+    for node in fused_layers(version).nodes.values():
+        kernel = node.kernel(sizes_of(node, spec), "float16")
+        assert tuple(argument.name for argument in node.inputs) == kernel.inputs
+        assert tuple(argument.name for argument in node.outputs) == kernel.outputs
+        assert "halted" not in kernel.inputs
+        halving += [node.name] * (dict(kernel.defines)["HALVE"] == "1")
+    assert halving == [fused_layers(version).of(6, 6)[0].name]
 
 
 def test_five_nodes_a_layer() -> None:
@@ -206,6 +222,7 @@ def test_five_nodes_a_layer() -> None:
     assert [node.name for node in layers.of(3)] == [f"v7_{name}" for name in names]
     assert [node.name for node in layers.of(0)] == [f"v7_{name}{'_first' * (i < 2)}" for i, name in enumerate(names)]
     assert layers.of(1) is layers.of(7)
+    assert [len(fused_layers(version).of(1)) for version in ("4", "5.0", "5.2", "6", "7a")] == [5, 5, 5, 7, 6]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
