@@ -160,6 +160,17 @@ def test_ties(driver: Any) -> None:
         assert drawn[3] == 0
 
 
+@pytest.mark.parametrize("config", [{"top_k": 7}, {"top_p": 0.01}, {"top_k": 40, "temperature": 0.01}])
+def test_a_cut_just_below_the_largest(driver: Any, config: dict[str, Any]) -> None:
+    """The weight 1 is the smallest of its bin, and the cut lies in the next one: both sums must have it."""
+    logits = np.linspace(-0.03, -0.001, 2048, dtype=np.float32)[None].copy()
+    logits[0, 700] = 0
+    host = Sampler(SamplerConfig(seed=4, **config))
+    rig = Rig(driver, 1, 2048, with_tops=False)
+    rig.start([host.copy()])
+    assert [rig.draw(logits) for _ in range(40)] == [[host.sample(logits[0])] for _ in range(40)]
+
+
 @pytest.mark.parametrize("config", [{"top_k": 5}, {"top_k": 3, "top_p": 0.999}, {"top_p": 1 - 1e-12}, {"min_p": 1e-30}])
 def test_far_below_the_largest(driver: Any, config: dict[str, Any]) -> None:
     """What has no weight at temperature 1 is kept by top-k all the same, and drawn when it is hot."""

@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     cut.bin = -1;
     if (CUT) cut = cuts[b];
     const bool all = cut.bin < 0;
-    Limit limit{all ? 0 : static_cast<unsigned>(cut.bin + 1) << REST, all ? NOWHERE : -1};
+    Limit limit{static_cast<unsigned>(cut.bin + 1) << REST, NOWHERE};  // all of the bins above
 
     Mass kept[4];
     const Mass sum = running_sum(stream.masses(kept, first, limit), scratch);
