@@ -48,7 +48,7 @@ class RWKV:
                 Face or of an exported artifact, which a device without torch needs.
             strategy: 'cpu fp32', 'cuda fp16', 'cuda:1 bf16', 'cuda fp16i8' (int8 weights)…; for an artifact, the
                 precision that it has. On CUDA, ONNX Runtime's provider runs it; where there is none, our own kernels
-                run RWKV-7 on the first GPU.
+                run it on the first GPU.
             verbose: say on standard error when a checkpoint is exported.
             convert_and_save_and_exit: not taken.
             tensors: 'torch' or 'numpy', of what `forward` returns; torch where it is installed, by default.

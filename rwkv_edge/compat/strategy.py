@@ -83,7 +83,7 @@ def backend_for(strategy: Strategy) -> str:
     raise SessionError(
         f"'cuda {strategy.precision}' needs ONNX Runtime's {CUDA}, but here are only {here}; "
         "use 'cpu fp32', or on a machine with an NVIDIA GPU: pip install 'rwkv-edge[ort-gpu]' in place of onnxruntime, "
-        "or for RWKV-7 on the first GPU: pip install 'rwkv-edge[cuda]'"
+        "or for the first GPU: pip install 'rwkv-edge[cuda]'"
     )
 
 

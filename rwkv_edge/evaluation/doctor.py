@@ -198,7 +198,7 @@ def cuda_ability(found: Mapping[str, Package], gpus: Gpus) -> Ability:
             nearest_capability(capability[0] * 10 + capability[1])
     except RwkvEdgeError as error:
         return Ability(name, False, str(error))
-    return Ability(name, True, "RWKV-7 by our own kernels")
+    return Ability(name, True, "models by our own kernels")
 
 
 def build_ability(backend: Backend, package: Package, gpus: Gpus) -> Ability:

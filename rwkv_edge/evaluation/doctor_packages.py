@@ -57,7 +57,7 @@ class Extra:
 EXTRAS = (
     Extra("ort", "running on ONNX Runtime", ("onnxruntime",)),
     Extra("ort-gpu", "running on ONNX Runtime's CUDA provider, in place of onnxruntime", ("onnxruntime",)),
-    Extra("cuda", "running RWKV-7 by our own CUDA kernels", ("cuda-bindings", "nvidia-cuda-nvrtc")),
+    Extra("cuda", "running models by our own CUDA kernels", ("cuda-bindings", "nvidia-cuda-nvrtc")),
     Extra("export", "exporting and verifying checkpoints", ("torch", "onnx", "onnx-ir", "onnxscript")),
     Extra("quantize", "calibrating and quantizing", ("onnx-graphsurgeon",)),
     Extra("tensorrt", "building engines with TensorRT", ("tensorrt",)),

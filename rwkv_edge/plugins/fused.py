@@ -31,6 +31,7 @@ from rwkv_edge.plugins.fused_spec import (
     Tuning,
     check_tile,
     head_columns,
+    per_load,
     ring_bytes,
     rounded_up,
 )
@@ -248,6 +249,8 @@ class Kernels(ABC):
         """A matrix's partial sums for the residual stream, times the buffer ``factor``."""
         products = self._products(prefix, (matrix,))
         piece = rounded_up(-(-rows // choice.split), products.block)
+        least = max(per_load(form, self.dimensions.dtype, self.batch) for form in products.forms)
+        choice = replace(choice, tile=max(choice.tile, least))  # a load of integers has more columns
         return self._kernel(
             "v7_project",
             {"FROM": rows, "SPLIT": choice.split, "SKIP": int(skip and not products.int4), "FACTOR": int(bool(factor))},

@@ -109,7 +109,7 @@ class Choice:
     """What changes the speed of one kernel alone.
 
     Attributes:
-        tile: columns of a block, a power of two.
+        tile: columns of a block, a power of two; for partial sums, more where a load of integers has more.
         split: blocks that share the rows of a matrix.
         ahead: loads of a thread in flight, 16 bytes each; fewer where the device's shared memory does not hold them.
         threads: of a block.

@@ -1,4 +1,4 @@
-"""Sessions over our own CUDA kernels: RWKV-7 with nothing but a driver, NVRTC and numpy on the device.
+"""Sessions over our own CUDA kernels: a model with nothing but a driver, NVRTC and numpy on the device.
 
 The kernels read the artifact's weights as they lie in weights.bin. The state stays on the GPU; a step is one CUDA
 graph, captured for each of the two directions between the token-shift states.
@@ -142,7 +142,7 @@ class CudaSession:
         """Compile the kernels and load the weights.
 
         Args:
-            artifact: of RWKV-7 in fp32, fp16 or bf16.
+            artifact: in fp32, fp16 or bf16, or with int8 or int4 weights.
             check_content: compare the files' sha256 with the manifest.
             tuning: choices of the kernels; None for what `rwkv-edge tune` found on this GPU, else for the defaults.
             device: ordinal of the GPU.

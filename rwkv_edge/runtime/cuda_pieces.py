@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rwkv_edge.plugins.fused_spec import Dimensions, FusedKernel
+from rwkv_edge.plugins.fused_spec import Dimensions, FusedKernel, head_columns
 from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.runtime.cuda_weights import Weights
 from rwkv_edge.runtime.cuda_wide import Rows, WideChain
@@ -69,7 +69,8 @@ class Pieces:
         self._driver, self._spec, self._dimensions, self._weights = driver, spec, dimensions, weights
         self._functions = functions
         self._chains: dict[int, WideChain] = {}
-        self.runs = spec.version in WIDE_VERSIONS and not weights.stored and not spec.rescale
+        whole = head_columns(spec.vocab_size) == spec.vocab_size  # wide products know no wider head
+        self.runs = spec.version in WIDE_VERSIONS and not weights.stored and not spec.rescale and whole
 
     @property
     def chunks(self) -> tuple[int, ...]:

@@ -10,19 +10,12 @@ import pytest
 from rwkv_edge.errors import InputError
 from rwkv_edge.plugins import nvrtc
 from rwkv_edge.plugins.fused import Kernels
-from rwkv_edge.plugins.fused_spec import Choice, Dimensions, FusedKernel, Stored, Tuning
+from rwkv_edge.plugins.fused_spec import Dimensions, FusedKernel, Stored, Tuning
 from rwkv_edge.plugins.fused_versions import KERNELS
+from rwkv_edge.runtime.cuda_tuning import LARGE, SMALL
 
 ORIN, HOPPER = 87, 90
 MOST_SHARED = 163 << 10  # bytes of a block on Orin
-SMALL = Tuning(
-    time_mix_in=Choice(32), time_mix_out=Choice(32, 2), channel_mix_in=Choice(32), channel_mix_out=Choice(32, 4),
-    head=Choice(128), skip=False,
-)  # fmt: skip
-LARGE = Tuning(
-    time_mix_in=Choice(64), time_mix_out=Choice(32, 4), channel_mix_in=Choice(64), channel_mix_out=Choice(64, 8),
-    head=Choice(128), skip=True,
-)  # fmt: skip
 
 OFFICIAL = {
     "4": Dimensions(768, 768, 3072, 0, 0, 50277, 0, 0, 0, 0, "float16", layers=12, rescale=6),
@@ -31,8 +24,7 @@ OFFICIAL = {
     "6": Dimensions(2048, 2048, 7168, 32, 64, 65536, 64, 0, 0, 0, "float16", rank_mix=32, layers=24, rescale=6),
     "7a": Dimensions(768, 768, 3072, 12, 64, 65536, 64, 64, 128, 32, "float16", rank_deep=32, layers=12),
 }
-"""Of released models; `Dimensions` of 4 are those of a vocabulary that is padded to a multiple of 8."""
-OFFICIAL["4"] = replace(OFFICIAL["4"], vocabulary=50280)
+"""Of released models."""
 MATRICES = {
     "att": ("receptance", "key", "value", "gate", "output"),
     "ffn": ("key", "value", "receptance", "s1", "s2"),

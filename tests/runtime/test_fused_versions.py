@@ -1,6 +1,7 @@
 """RWKV-4, 5.x, 6 and 7a through the fused CUDA kernels, against ONNX Runtime on the CPU with the same checkpoint.
 
-Everything runs twice: on a GPU where there is one, and with numpy in the kernels' place. RWKV-7 has `test_fused.py`.
+Everything runs twice: on a GPU where there is one, and with numpy in the kernels' place. RWKV-7 has `test_fused.py`;
+here it has what only the fused kernels take: a vocabulary of odd size, and a stream that is halved.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ MODELS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "6, wide heads": lambda: random_v6(Shape(2, 128, head_size=128, ranks=(64, 32))),
     "7a": lambda: random_v7(Shape7(3), deep_embed=32),
     "7a, odd rank": lambda: random_v7(Shape7(2, 72, head_size=8, ffn_mult=3, ranks=(8, 8, 8, 8)), deep_embed=24),
+    "7, odd vocabulary": lambda: random_v7(Shape7(3, vocab_size=277)),
     "4's widths": lambda: random_v4(Shape(2, 768, ffn_mult=4)),
     "5.2's widths": lambda: random_v5(Shape(2, 2048), "5.2"),
     "6's widths": lambda: random_v6(Shape(2, 2048)),
 }
 """Version and shape; a quantized model needs widths that are multiples of 32."""
-RESCALED = ("4", "5.2", "6")
+RESCALED = ("4", "5.2", "6", "7, odd vocabulary")
 """Those whose stream is halved after every layer (of 3 in all) in the precision 'rescaled'."""
 IN_ALL = ("4", "5.2", "6", "7a")
 """Those that run in all precisions with numpy; on a GPU all do whose widths allow it."""
