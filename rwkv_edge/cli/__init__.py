@@ -10,6 +10,7 @@ import sys
 import warnings
 from difflib import get_close_matches
 from importlib import import_module
+from typing import TextIO
 
 import click
 
@@ -116,8 +117,15 @@ def run(arguments: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0  # click returns the code of `ctx.exit`
 
 
-def _warned(message: Warning | str, *_: object) -> None:
-    """One line, without the place in the source that Python would tell."""
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, without the place in the source that Python would tell (the parameters of `warnings.showwarning`)."""
     click.echo(printable(f"Warning: {message}"), err=True)
 
 
