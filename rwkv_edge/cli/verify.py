@@ -17,7 +17,8 @@ from rwkv_edge.cli.common import PATH, adapter_options, json_option, needs, prin
 @click.option("--text", type=PATH, metavar="FILE", help="UTF-8 text to feed.  [default: a sample in several scripts]")
 @click.option(
     "--tolerance", type=click.FloatRange(0, min_open=True), metavar="X",
-    help="Largest relative difference that passes.  [default: by precision]",
+    help="Largest relative difference that passes.  [default: by precision; a quantized artifact passes by its mean KL "
+    "divergence]",
 )  # fmt: skip
 @adapter_options
 @session_options
@@ -40,7 +41,8 @@ def command(
     """Compare ARTIFACT with eager torch in float32 on CHECKPOINT, token by token.
 
     Prints the largest difference of the logits, KL divergence, top-1 agreement and the worst state tensor; exits with 1
-    where a difference is larger than the tolerance.
+    where a difference is larger than the tolerance. A quantized artifact differs by rounding: it passes where its mean
+    KL divergence is small; how good it is, `rwkv-edge eval` says.
 
     Example: rwkv-edge verify RWKV-x070-World-0.1B-fp16 RWKV-x070-World-0.1B.pth
     """

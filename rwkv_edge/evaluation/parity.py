@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rwkv_edge.errors import InputError, VerificationError
+from rwkv_edge.evaluation.bench_parity import QUANTIZED_KL
 from rwkv_edge.models.torch_ops import TorchModel
 from rwkv_edge.runtime.session import Session
 from rwkv_edge.spec import ModelSpec
@@ -42,8 +43,10 @@ class ParityReport:
         top1: share of tokens whose most likely next token is the same.
         worst_state: name of the state tensor with the largest relative difference after the last token.
         worst_state_relative: that difference.
-        tolerance: bound on ``relative`` and ``worst_state_relative``.
-        passed: whether both are finite and within it.
+        measure: what ``tolerance`` bounds: 'relative', which is ``relative`` and ``worst_state_relative``; or 'kl',
+            which is ``kl_mean``: a quantized artifact differs by rounding, and is judged by what it predicts.
+        tolerance: the bound.
+        passed: whether it is kept, and logits and states are finite.
     """
 
     tokens: int
@@ -55,6 +58,7 @@ class ParityReport:
     top1: float
     worst_state: str
     worst_state_relative: float
+    measure: str
     tolerance: float
     passed: bool
 
@@ -65,17 +69,25 @@ class ParityReport:
     def to_text(self) -> str:
         """A few lines for a terminal."""
         return (
-            f"{'passed' if self.passed else 'FAILED'}: {self.tokens} tokens x {self.streams} streams, "
-            f"tolerance {self.tolerance:g} (relative)\n"
+            f"{'passed' if self.passed else 'FAILED'}: {self.tokens} tokens x {self.streams} streams, {self._bound()}\n"
             f"  logits       max |difference| {self.max_abs:.3g}, relative {self.relative:.3g}\n"
             f"  KL           mean {self.kl_mean:.3g}, max {self.kl_max:.3g} nats per token\n"
             f"  top-1        {100 * self.top1:.2f} % of tokens agree\n"
             f"  worst state  {self.worst_state}: relative {self.worst_state_relative:.3g}"
         )
 
+    def _bound(self) -> str:
+        if self.measure == "kl":
+            return f"quantized, so judged by its mean KL divergence: at most {self.tolerance:g} nats per token"
+        return f"tolerance {self.tolerance:g} (relative)"
+
 
 def compare_with_reference(
-    session: Session[Any], reference: TorchModel, tokens: np.ndarray, tolerance: float | None = None
+    session: Session[Any],
+    reference: TorchModel,
+    tokens: np.ndarray,
+    tolerance: float | None = None,
+    quantized: bool = False,
 ) -> ParityReport:
     """Feed the same tokens to both, one at a time, each from its initial state.
 
@@ -84,12 +96,12 @@ def compare_with_reference(
         reference: the checkpoint, in float32 or float64.
         tokens: [B, T] int64.
         tolerance: relative bound; by the session's precision where it is None.
+        quantized: whether the weights are; without a ``tolerance`` it is judged by KL divergence.
 
     Raises:
         VerificationError: artifact and checkpoint have different dimensions.
     """
     check_same_model(session.spec, reference.spec)
-    tolerance = TOLERANCE[session.spec.precision] if tolerance is None else tolerance
     batch, length = tokens.shape
     state = session.initial_state(batch)
     expected_state = reference.state_from_arrays(session.export_state(state))  # a tuned state is the artifact's
@@ -100,22 +112,35 @@ def compare_with_reference(
         logits, expected_state = reference.forward(tokens[:, t : t + 1], expected_state)
         expected[t] = logits.float().numpy()
     least = LEAST_NORMAL if session.spec.precision == "fp16" else 1e-30
-    worst, worst_relative = _worst_tensor(session.export_state(state), expected_state, least)
+    worst = _worst_tensor(session.export_state(state), expected_state, least)
+    measure = "kl" if quantized and tolerance is None else "relative"
+    if tolerance is None:
+        tolerance = QUANTIZED_KL if quantized else TOLERANCE[session.spec.precision]
+    return _report(found, expected, worst, measure, tolerance)
+
+
+def _report(
+    found: np.ndarray, expected: np.ndarray, worst: tuple[str, float], measure: str, tolerance: float
+) -> ParityReport:
+    """Judge logits [T, B, V] and the worst state tensor."""
     max_abs = float(np.abs(found - expected).max())
     relative = max_abs / max(float(np.abs(expected).max()), 1e-30)
     kl = _kl_divergence(expected, found)
+    differences = (float(kl.mean()),) if measure == "kl" else (relative, worst[1])
+    finite = np.isfinite(relative) and np.isfinite(worst[1])
     return ParityReport(
-        tokens=length,
-        streams=batch,
+        tokens=len(found),
+        streams=found.shape[1],
         max_abs=max_abs,
         relative=relative,
         kl_mean=float(kl.mean()),
         kl_max=float(kl.max()),
         top1=float((found.argmax(-1) == expected.argmax(-1)).mean()),
-        worst_state=worst,
-        worst_state_relative=worst_relative,
+        worst_state=worst[0],
+        worst_state_relative=worst[1],
+        measure=measure,
         tolerance=tolerance,
-        passed=bool(relative <= tolerance and worst_relative <= tolerance),  # False for NaN
+        passed=bool(finite and max(differences) <= tolerance),
     )
 
 

@@ -38,7 +38,7 @@ def verify_artifact(
         checkpoint_path: the weights, run by eager torch in float32.
         length: tokens per stream.
         text: what to feed, repeated to ``length``; a sample where None, random tokens where there is no tokenizer.
-        tolerance: relative bound; by precision where None.
+        tolerance: relative bound; where None by precision, and of a quantized artifact by the mean KL divergence.
         providers: of ONNX Runtime.
         threads: of ONNX Runtime.
         lora: the adapter that was merged at export.
@@ -60,6 +60,7 @@ def verify_artifact(
                 text if text is not None else SAMPLE_TEXT
             )
         tokens = tokens_for_streams(ids, spec.batch or DYNAMIC_STREAMS, length, spec.vocab_size)
-        return compare_with_reference(session, reference, tokens, tolerance)
+        quantized = artifact.manifest.quantization is not None
+        return compare_with_reference(session, reference, tokens, tolerance, quantized)
     finally:
         session.close()
