@@ -193,8 +193,8 @@ def test_troubleshooting_quotes_sentences_of_the_source() -> None:
 
 
 def embedded(head: str) -> str:
-    """The block that follows a heading's first words of C++."""
-    return next(text for kind, text in blocks(PAGES["embedding.md"]) if kind == "cpp" and head in text)
+    """The C++ program that includes ``head``."""
+    return next(text for kind, text in blocks(PAGES["embedding.md"]) if kind == "cpp" and f"#include {head}" in text)
 
 
 def compiler() -> str:
@@ -232,6 +232,12 @@ def test_embedded_python_gives_our_tokens(folder: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.strip() == ours(folder, 12)
 
 
+def test_embedded_cpp_is_short() -> None:
+    programs = [text for kind, text in blocks(PAGES["embedding.md"]) if kind == "cpp"]
+    assert len(programs) == 2
+    assert all(text.count("\n") <= 40 for text in programs)
+
+
 def test_embedded_cpp_for_onnxruntime_gives_our_tokens(folder: Path) -> None:
     import onnxruntime
 
@@ -239,7 +245,7 @@ def test_embedded_cpp_for_onnxruntime_gives_our_tokens(folder: Path) -> None:
     library = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"), None)
     if library is None:
         pytest.skip("this onnxruntime holds no library that a program could be linked with")
-    (folder / "step_ort.cpp").write_text(embedded("onnxruntime_cxx_api.h"), encoding="utf-8")
+    (folder / "step_ort.cpp").write_text(embedded("<onnxruntime_cxx_api.h>"), encoding="utf-8")
     for name in ("libonnxruntime.so", "libonnxruntime.so.1"):  # the second is the library's own name for itself
         (folder / name).symlink_to(library)
     command = [compiler(), "-std=c++17", "-Wall", "-Werror", "-isystem", headers, "step_ort.cpp", "-o", "step_ort"]
@@ -253,7 +259,10 @@ def test_embedded_cpp_for_tensorrt_compiles(tmp_path: Path) -> None:
     roots = [*Path("/usr/include").glob("*-linux-gnu"), *Path("/usr/local").glob("*/targets/*/include")]
     tensorrt = include("TENSORRT_INCLUDE", "NvInfer.h", *map(str, roots))
     cuda = include("CUDA_INCLUDE", "cuda_runtime_api.h", "/usr/local/cuda/include", *map(str, roots))
-    (tmp_path / "step_trt.cpp").write_text(embedded("NvInfer.h"), encoding="utf-8")
-    folders = itertools.chain.from_iterable(("-isystem", folder) for folder in (tensorrt, cuda))
+    (tmp_path / "step_trt.cpp").write_text(embedded('"trt_engine.h"'), encoding="utf-8")
+    folders = [
+        *itertools.chain.from_iterable(("-isystem", folder) for folder in (tensorrt, cuda)),
+        f"-I{ROOT / 'examples'}",
+    ]
     command = [compiler(), "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", *folders, str(tmp_path / "step_trt.cpp")]
     subprocess.run(command, check=True, timeout=120)
