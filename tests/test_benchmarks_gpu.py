@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import cuda_double
+import cuda_versions_double
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,10 @@ from rwkv_edge.plugins.fused_spec import FusedKernel
 from rwkv_edge.runtime.cuda import CudaSession
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("albatross", "common", "kernels_gpu", "parity_gpu", "step_gpu", "step_gpu_engines", "step_gpu_models")
+SCRIPTS = (
+    "albatross", "common", "kernels_gpu", "parity_gpu", "step_gpu", "step_gpu_engines", "step_gpu_models",
+    "versions_gpu",
+)  # fmt: skip
 SMALL = {"CALLS": 2, "FED_BACK": 2, "STREAM_STEPS": 1, "PROMPT": 20, "PROMPTS": 1, "STREAMS": 9}
 
 Run = Callable[..., dict[str, Any]]
@@ -127,6 +131,15 @@ def test_notes_tell_targets_and_what_is_behind(scripts: dict[str, ModuleType]) -
     note = scripts["step_gpu"].note_of
     assert note(found, "fused kernels") == "target 0.500 ms MISSED, batch BEHIND Albatross"
     assert note(found, "Albatross v3a") == "without embedding and choice 3.000 ms"
+
+
+def test_versions_gpu(run: Run, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_double, "KERNELS", {**cuda_double.KERNELS, **cuda_versions_double.KERNELS})
+    monkeypatch.setattr(scripts["versions_gpu"], "STEPS", 1)
+    found = run("versions_gpu", "--models", "tiny")
+    assert list(found) == ["copy_gb_s", "tiny fp16", "tiny W8", "tiny W4"]
+    assert found["tiny fp16"]["limit_us"] > found["tiny W8"]["limit_us"] > found["tiny W4"]["limit_us"]
+    assert all(found[name]["step_us"] > 0 for name in list(found)[1:])
 
 
 def test_kernels_gpu(run: Run, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
