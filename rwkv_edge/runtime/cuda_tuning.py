@@ -21,7 +21,7 @@ SMALL = Tuning(
     head=Choice(128), skip=False,
 )  # fmt: skip
 LARGE = Tuning(
-    time_mix_in=Choice(64, ahead=24, threads=512), time_mix_out=Choice(16, 4), channel_mix_in=Choice(64),
+    time_mix_in=Choice(64, ahead=24, threads=512), time_mix_out=Choice(32, 4), channel_mix_in=Choice(64),
     channel_mix_out=Choice(128, 8), head=Choice(128), skip=True,
 )  # fmt: skip
 

@@ -23,7 +23,8 @@ CHOICES = {
     "w8-cpu": SchemeOptions("w8", target="cpu"),
     "w4-cpu": SchemeOptions("w4", target="cpu"),
 }
-TOLERANCE = {"w8a8": 0.1, "w8": 0.1, "w4": 0.5, "w8-cpu": 0.1, "w4-cpu": 0.5}
+TOLERANCE = {"w8a8": 0.2, "w8": 0.1, "w4": 0.5, "w8-cpu": 0.1, "w4-cpu": 0.5}
+"""Of random models. On processors without VNNI, ONNX Runtime's products of int8 with int8 saturate: 0.14 in place of 0.1."""
 TOKENS = [[int(t) for t in np.random.default_rng(1).integers(0, 256, 37)]]
 
 
