@@ -24,7 +24,7 @@ CHOICES = {
     "w4-cpu": SchemeOptions("w4", target="cpu"),
 }
 TOLERANCE = {"w8a8": 0.2, "w8": 0.1, "w4": 0.5, "w8-cpu": 0.1, "w4-cpu": 0.5}
-"""Of random models. On processors without VNNI, ONNX Runtime's products of int8 with int8 saturate: 0.14 in place of 0.1."""
+"""Of random models. Without VNNI, ONNX Runtime's products of int8 with int8 saturate: 0.14 in place of 0.1."""
 TOKENS = [[int(t) for t in np.random.default_rng(1).integers(0, 256, 37)]]
 
 
