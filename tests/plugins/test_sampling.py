@@ -276,4 +276,4 @@ def test_all_compile(capability: int, nvrtc_architectures: tuple[int, ...]) -> N
         assert "warning" not in log, log
         if "spill" in log:
             # a few words, by which it reaches a round number of registers
-            assert max(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) <= 16, log
+            assert max(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) <= 32, log
