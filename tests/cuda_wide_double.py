@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rwkv_edge.plugins.fused_spec import rounded_up
-from rwkv_edge.plugins.wide import NORM_ROWS, PRODUCT, PRODUCTS, Finish
+from rwkv_edge.plugins.wide import NORM_ROWS, PRODUCT, PRODUCTS, Finish, Form
 from rwkv_edge.spec import float32_from_stored, numpy_dtype, stored_from_float32
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ def number(a: Arguments) -> int:
 def norm(a: Arguments) -> None:
     tokens, batch = number(a), a.macros["grid"][1]
     if a.EMBED:
-        ids, table = a.take(batch, tokens, dtype="int32"), number(a)
-        item = numpy_dtype(a.act).itemsize
-        rows = [a.driver.view(table + int(t) * a.WIDTH * item, (a.WIDTH,), a.act) for t in ids.reshape(-1)]
-        x = float32_from_stored(np.stack(rows), a.act).reshape(batch, tokens, a.WIDTH)
+        x = embedded(a, a.take(batch, tokens, dtype="int32"))
     else:
         x = a.take(batch, tokens, a.WIDTH)
         x = x + a.take(a.PARTS, batch, tokens, a.WIDTH).sum(0)
@@ -54,6 +51,19 @@ def norm(a: Arguments) -> None:
     a.give(np.where(halted[:, None], shift, xn[:, -1]), a.act)
     a.give(xn + (before - xn) * mix[:, None, None], a.act)
     return a.done()
+
+
+def embedded(a: Arguments, ids: np.ndarray) -> np.ndarray:
+    """Rows of the embedding; in int8 with a scale each."""
+    table, scales, size = number(a), number(a), numpy_dtype(a.act).itemsize
+    dtype, item = ("int8", 1) if a.EMBED_INT8 else (a.act, size)
+    rows = np.stack([a.driver.view(table + int(t) * a.WIDTH * item, (a.WIDTH,), dtype) for t in ids.reshape(-1)])
+    if a.EMBED_INT8:
+        scale = np.stack([a.driver.view(scales + int(t) * size, (1,), a.act) for t in ids.reshape(-1)])
+        rows = rows.astype(np.float32) * float32_from_stored(scale, a.act)
+    else:
+        rows = float32_from_stored(rows, a.act)
+    return rows.reshape(*ids.shape, a.WIDTH)
 
 
 def product(a: Arguments) -> None:
@@ -78,7 +88,8 @@ def multiply(a: Arguments, rows: int, one: dict[str, int]) -> None:
         target = a.driver.view(one["output"], value.shape, dtype)
         target[...] = stored_from_float32(value.astype(np.float32), dtype)
 
-    x, matrix = read(one["input"], (rows, depth), a.act), read(one["matrix"], (depth, columns), a.act)
+    assert a.FORMS >> one["form"] & 1
+    x, matrix = read(one["input"], (rows, depth), a.act), matrix_of(a, one)[:, :columns]
     if finish == Finish.TO_FLOAT:
         share = rounded_up(rounded_up(depth, a.TILE_K) // a.TILE_K, a.SPLIT) // a.SPLIT * a.TILE_K
         parts = [x[:, i * share : (i + 1) * share] @ matrix[i * share : (i + 1) * share] for i in range(a.SPLIT)]
@@ -98,6 +109,21 @@ def multiply(a: Arguments, rows: int, one: dict[str, int]) -> None:
         return write(sigmoid(y))
     own, first = read(one["output"], (rows, columns)), read(one["other"], (rows, columns))
     return write(own + (first - own) * sigmoid(y))
+
+
+def matrix_of(a: Arguments, one: dict[str, int]) -> np.ndarray:
+    """[depth, pitch]: a head may have more columns in memory than are meant."""
+    shape, form = (one["depth"], one["pitch"]), Form(one["form"])
+    if form == Form.IN_FLOAT:
+        return float32_from_stored(a.driver.view(one["matrix"], shape, a.act).copy(), a.act)
+    rows, repeat = (1, one["depth"]) if form == Form.IN_INT8 else (one["depth"] // one["block"], one["block"])
+    stored = a.driver.view(one["scale"], (rows, one["pitch"]), a.act).copy()
+    scales = np.repeat(float32_from_stored(stored, a.act), repeat, 0)
+    if form == Form.IN_INT8:
+        return a.driver.view(one["matrix"], shape, "int8").astype(np.float32) * scales
+    pairs = a.driver.view(one["matrix"], (one["depth"], one["pitch"] // 2), "uint8")
+    nibbles = np.stack([pairs & 15, pairs >> 4], -1).reshape(shape)
+    return ((nibbles ^ 8).astype(np.float32) - 8) * scales
 
 
 def recurrence(

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import ExportError, InputError, SessionError
-from rwkv_edge.plugins.fused_spec import Choice, Tuning
+from rwkv_edge.plugins.fused_spec import MAX_BATCH, Choice, Tuning
 from rwkv_edge.runtime.cuda import CudaSession
+
+if TYPE_CHECKING:
+    from rwkv_edge.runtime.cuda_state import CudaState
 
 TILES = (16, 32, 64, 128)
 SPLITS = (1, 2, 4, 8)
@@ -70,6 +73,8 @@ def tune(session: CudaSession, seconds: float = 120, progress: Progress | None =
     for name in ORDER:
         search.kernel(name)
     search.flags()
+    if session.chunks:
+        search.wide_from()
     session.retune(search.tuning)
     return Tuned(search.tuning, before, search.best, search.tried, time.perf_counter() - start)
 
@@ -117,7 +122,27 @@ class _Search:
         names = [f.name for f in dataclasses.fields(Tuning) if isinstance(getattr(self.tuning, f.name), bool)]
         self._fastest([self._with(name, not getattr(self.tuning, name)) for name in names])
 
-    def _with(self, name: str, value: Choice | bool) -> Tuning:
+    def wide_from(self) -> None:
+        """The fewest streams from which the wide kernels are faster than a chain of matrix-vector products."""
+        if self._progress:
+            self._progress("wide_from", self.best)
+        found = MAX_BATCH + 1
+        for batch in range(MAX_BATCH, 1, -1):
+            if time.perf_counter() > self._end:
+                return
+            state = self._session.initial_state(batch)
+            wide, narrow = (self._shortest(self._with("wide_from", n), state) for n in (batch, batch + 1))
+            if not wide < GAIN * narrow:
+                break
+            found = batch
+        self.tuning = self._with("wide_from", found)
+
+    def _shortest(self, tuning: Tuning, state: CudaState) -> float:
+        self._session.retune(tuning)
+        self.tried += 1
+        return min(self._session.step_seconds(state, STEPS) for _ in range(TURNS))
+
+    def _with(self, name: str, value: Choice | int) -> Tuning:
         changes: dict[str, Any] = {name: value}
         return replace(self.tuning, **changes)
 

@@ -136,6 +136,8 @@ class Tuning:
         eager: a kernel lets the next one in before it waits itself, so that more than two are under way.
         merge: the recurrence's blocks multiply by the output matrix too: a kernel less, and a partial sum for each head
             that the next one reads. RWKV-7, one stream; loads in flight are those of ``time_mix_out``.
+        wide_from: streams from which a step goes through the wide kernels, where those run the model; see
+            `rwkv_edge.plugins.wide`. More than `MAX_BATCH` always do.
     """
 
     time_mix_in: Choice = Choice(32)
@@ -147,6 +149,7 @@ class Tuning:
     skip: bool = True
     eager: bool = True
     merge: bool = False
+    wide_from: int = MAX_BATCH + 1
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ HEADERS = (
     "heads.cuh",
     "wide.cuh",
     "wide_product.cuh",
+    "wide_integers.cuh",
     "wide_wkv.cuh",
     "sample.cuh",
     "sample_bins.cuh",

@@ -6,12 +6,12 @@ tokens of each, D width, A = H·N inner width, F hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
-from rwkv_edge.plugins.fused_spec import TYPES, Dimensions, FusedKernel
+from rwkv_edge.plugins.fused_spec import TYPES, Dimensions, FusedKernel, Stored
 
 PRODUCTS: Final = 7
 """Products of one launch at most: receptance, key, value and the first halves of four LoRAs."""
@@ -25,12 +25,14 @@ GATE_THREADS: Final = 256
 STEP_THREADS: Final = 128
 ARGMAX_THREADS: Final = 512
 CHUNK: Final = 8  # tokens of a buffer of the recurrence
-BUFFERS: Final = 3
+BUFFERS: Final = 2
+SCALARS: Final = 4  # of a token in a buffer, padding included
 PREPARING: Final = 128  # threads
 CONSUMERS: Final = 64  # threads at most
 EVERY_GRID: Final = (0, 0, 0)
 """In the place of a kernel's grid: that of a launch depends on its rows."""
 
+LEAST_BLOCK: Final = 32  # inputs that share a scale in int4, at least
 FLOAT: Final = 4  # bytes
 HALF: Final = 2
 WARP: Final = 32
@@ -47,6 +49,21 @@ class Finish(IntEnum):
     TO_DECAY = 5
     TO_RATE = 6
     TO_BLEND = 7
+
+
+class Form(IntEnum):
+    """How a matrix is stored, as in wide_product.cuh."""
+
+    IN_FLOAT = 0
+    IN_INT8 = 1
+    IN_INT4 = 2
+
+    @classmethod
+    def of(cls, stored: Stored | None) -> Form:
+        """That of a matrix of an artifact; None for one in the model's dtype."""
+        if stored is None:
+            return cls.IN_FLOAT
+        return cls.IN_INT8 if stored.form == "int8" else cls.IN_INT4
 
 
 @dataclass(frozen=True)
@@ -69,10 +86,16 @@ class Tile:
         """Of a block."""
         return WARP * self.warps_m * self.warps_n
 
+    def shared(self, int4: bool) -> int:
+        """Bytes of all stages; with matrices in int4, those of their scales too."""
+        scales = self.depth // LEAST_BLOCK * self.columns if int4 else 0
+        return self.stages * HALF * (self.depth * (self.rows + self.columns) + scales)
+
     @property
-    def shared(self) -> int:
-        """Bytes of all stages."""
-        return self.stages * HALF * self.depth * (self.rows + self.columns)
+    def for_int4(self) -> Tile:
+        """A warp has at least 32 columns: those that lie in 16 bytes."""
+        warps = min(self.warps_n, self.columns // WARP)
+        return replace(self, warps_n=warps)
 
 
 TILES: Final = (
@@ -122,9 +145,12 @@ class WideKernels:
         self._tensor_cores = uses_tensor_cores(capability, dimensions.dtype)
         self._multiprocessors = multiprocessors
 
-    def norm(self, mixes: int, parts: int, embed: bool, sequence: bool) -> FusedKernel:
-        """Residual sum, norm and token-shift mixes; ``mixes`` = 0: the norm alone, of each stream's last rows."""
-        source = ("ids", "table") if embed else ("stream", "parts")
+    def norm(self, mixes: int, parts: int, embed: Form | None, sequence: bool) -> FusedKernel:
+        """Residual sum, norm and token-shift mixes; ``mixes`` = 0: the norm alone, of each stream's last rows.
+
+        ``embed``: how the embedding is stored, where its rows are the stream.
+        """
+        source = ("ids", "table", "table.scale") if embed is not None else ("stream", "parts")
         shifted = ("shift", "mix", "halted", "stream.out", "shift.out")
         return self._kernel(
             "wide_norm",
@@ -132,8 +158,9 @@ class WideKernels:
                 "WIDTH": self.dimensions.width,
                 "ROWS": NORM_ROWS if sequence else 1,
                 "MIXES": mixes,
-                "PARTS": 0 if embed else parts,
-                "EMBED": int(embed),
+                "PARTS": parts if embed is None else 0,
+                "EMBED": int(embed is not None),
+                "EMBED_INT8": int(embed == Form.IN_INT8),
             },
             ("tokens", *source, "ln.weight", "ln.bias", *(shifted if mixes else ("kept",)), "mixed"),
             NORM_THREADS,
@@ -143,15 +170,18 @@ class WideKernels:
         """The tile of fewer rows."""
         return tile_for(rows, self._capability, self.dimensions.dtype)
 
-    def product(self, split: int = 1, tile: Tile | None = None) -> FusedKernel:
-        """Up to `PRODUCTS` products; ``split`` blocks share the inputs of one tile."""
-        tile = tile or self.tile
+    def product(self, forms: Set[Form], split: int = 1, tile: Tile | None = None) -> FusedKernel:
+        """Up to `PRODUCTS` products of matrices in some forms; ``split`` blocks share the inputs of one tile."""
+        tile, int4 = tile or self.tile, Form.IN_INT4 in forms
         defines = {"TILE_M": tile.rows, "TILE_N": tile.columns, "TILE_K": tile.depth, "SPLIT": split}
+        defines["FORMS"] = sum(1 << form for form in forms)
         arguments = ("rows", *(f"{name}.{i}" for i in range(PRODUCTS) for name in PRODUCT))
         if not self._tensor_cores:
             return self._kernel("wide_product_plain", defines, arguments, tile.threads)
+        if int4:
+            tile = tile.for_int4
         defines |= {"STAGES": tile.stages, "WARPS_M": tile.warps_m, "WARPS_N": tile.warps_n, "RESIDENT": tile.resident}
-        return self._kernel("wide_product", defines, arguments, tile.threads, tile.shared)
+        return self._kernel("wide_product", defines, arguments, tile.threads, tile.shared(int4))
 
     def step(self) -> FusedKernel:
         """The recurrence of one token, group norm, bonus and gate."""
@@ -162,16 +192,16 @@ class WideKernels:
             STEP_THREADS if self.dimensions.head_size <= 64 else 2 * STEP_THREADS,
         )
 
-    def sequence(self) -> FusedKernel:
-        """The recurrence of T tokens."""
-        head, (consumers, rows, lanes) = self.dimensions.head_size, self._spread()
+    def sequence(self, batch: int) -> FusedKernel:
+        """The recurrence of T tokens of so many streams."""
+        head, (consumers, rows, lanes) = self.dimensions.head_size, self._spread(batch)
         wide = -(-head // (4 * lanes)) * 4 * lanes
         return self._kernel(
             "wide_sequence",
             {**self._heads, "CONSUMERS": consumers, "ROWS": rows, "LANES": lanes, "CHUNK": CHUNK},
             ("tokens", "r", "w", "k", "v", "a", "k_k", "k_a", "r_k", "halted", "wkv", "y", "bonus"),
             consumers + PREPARING,
-            BUFFERS * CHUNK * (5 * wide + head) * FLOAT,
+            (BUFFERS * CHUNK * (5 * wide + head + SCALARS) + wide) * FLOAT,
         )
 
     def gate(self) -> FusedKernel:
@@ -190,22 +220,26 @@ class WideKernels:
         most = depth // (4 * self.tile.depth)
         return next(parts for parts in PARTS if parts <= max(1, min(wanted, most)))
 
-    @property
-    def sequence_blocks(self) -> int:
-        """Blocks of `sequence` for one head of one stream."""
-        consumers, rows, lanes = self._spread()
+    def sequence_blocks(self, batch: int) -> int:
+        """Blocks of `sequence` for one head of one of so many streams."""
+        consumers, rows, lanes = self._spread(batch)
         return -(-self.dimensions.head_size // (consumers // lanes * rows))
 
     @property
     def _heads(self) -> dict[str, int]:
         return {"HEAD": self.dimensions.head_size, "INNER": self.dimensions.inner}
 
-    def _spread(self) -> tuple[int, int, int]:
-        """Consumers of a block of `sequence`, rows of the state of each, and those that share a row."""
-        head, rows = self.dimensions.head_size, 2
-        lanes = 1
+    def _spread(self, batch: int) -> tuple[int, int, int]:
+        """Consumers of a block of `sequence`, rows of the state of each, and those that share a row.
+
+        One row where blocks are few enough to have a multiprocessor each: rows do not depend on each other, and a token
+        takes as long as the instructions of one thread.
+        """
+        head, lanes = self.dimensions.head_size, 1
         while lanes * 8 < head:  # a thread has two quads of columns
             lanes *= 2
+        blocks = -(-head * lanes // CONSUMERS) * self.dimensions.heads * batch
+        rows = 1 if blocks <= self._multiprocessors else 2
         return min(CONSUMERS, -(-head * lanes // (rows * WARP)) * WARP), rows, lanes
 
     def _kernel(
@@ -221,5 +255,7 @@ PARTS: Final = (4, 2, 1)
 """Partial sums that `WideKernels.norm` adds: more cost more memory traffic than they fill multiprocessors, and fewer
 numbers of them are fewer kernels."""
 
-PRODUCT: Final = ("input", "matrix", "output", "offset", "other", "columns", "depth", "finish")
+PRODUCT: Final = (
+    "input", "matrix", "scale", "output", "offset", "other", "columns", "pitch", "depth", "finish", "form", "block",
+)  # fmt: skip
 """Arguments of one product."""

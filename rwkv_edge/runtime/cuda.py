@@ -446,7 +446,7 @@ class CudaSession:
     def _captured(self, state: CudaState, give: Give | DrawKey) -> Graph:
         """The graph of a step from the side of the shifts that is current; capturing runs nothing."""
         groups: list[tuple[Chain | WideChain, list[Launch]]] = []
-        wide = self._pieces.runs and state.batch > MAX_BATCH
+        wide = self._pieces.runs and state.batch >= min(self._tuning.wide_from, MAX_BATCH + 1)
         wanted: Give = "logits" if isinstance(give, DrawKey) else give
         for row in range(0, state.batch, MOST_ROWS if wide else MAX_BATCH):
             batch, outputs = min(MOST_ROWS if wide else MAX_BATCH, state.batch - row), state.outputs(row)

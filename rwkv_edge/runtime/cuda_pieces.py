@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from rwkv_edge.plugins.fused_spec import Dimensions, FusedKernel, head_columns
+from rwkv_edge.plugins.fused_spec import Dimensions, FusedKernel, Tuning
+from rwkv_edge.plugins.fused_v7 import Kernels7
 from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.runtime.cuda_weights import Weights
 from rwkv_edge.runtime.cuda_wide import Rows, WideChain
@@ -69,8 +70,7 @@ class Pieces:
         self._driver, self._spec, self._dimensions, self._weights = driver, spec, dimensions, weights
         self._functions = functions
         self._chains: dict[int, WideChain] = {}
-        whole = head_columns(spec.vocab_size) == spec.vocab_size  # wide products know no wider head
-        self.runs = spec.version in WIDE_VERSIONS and not weights.stored and not spec.rescale and whole
+        self.runs = spec.version in WIDE_VERSIONS and not spec.rescale
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -101,13 +101,18 @@ class Pieces:
         return ((n, i == len(lengths) - 1) for i, n in enumerate(lengths))
 
     def chain(self, rows: int) -> WideChain:
-        """The chain for so many rows, at most `MOST_ROWS`: there is one for every power of two."""
+        """The chain for so many rows, at most `MOST_ROWS`: there is one for every power of two.
+
+        Raises:
+            InputError: the kernels do not take a matrix in the form in which it is stored.
+        """
         size = LEAST_ROWS
         while size < rows:
             size *= 2
         if size not in self._chains:
+            Kernels7(self._dimensions, 1, Tuning(), self._weights.stored)  # refuses integers that no kernel takes
             self._chains[size] = WideChain(
-                self._driver, self._spec, self._dimensions, self._weights.address, size, self._functions
+                self._driver, self._spec, self._dimensions, self._weights, size, self._functions
             )
         return self._chains[size]
 

@@ -26,9 +26,15 @@ LARGE = Tuning(
 )  # fmt: skip
 
 
+WIDE_FROM = 5
+"""Streams from which tensor cores are faster: a step of a few rows takes the wide kernels the time of 16, which a chain
+of matrix-vector products, that grows with the streams, reaches at four to five (`benchmarks/wide_gpu.py`)."""
+
+
 def default_tuning(dimensions: Dimensions) -> Tuning:
-    """The choices that were fastest on an H100; source: `benchmarks/tune_gpu.py`."""
-    return SMALL if dimensions.width < WIDE else LARGE
+    """The choices that were fastest on an H100; sources: `rwkv-edge tune`, `benchmarks/wide_gpu.py`."""
+    found = SMALL if dimensions.width < WIDE else LARGE
+    return found if dimensions.dtype == "float32" else dataclasses.replace(found, wide_from=WIDE_FROM)
 
 
 def tuning_for(gpu: str, dimensions: Dimensions, stored: Mapping[str, Stored], cache: Path | None = None) -> Tuning:
@@ -82,8 +88,9 @@ def tuning_from_json(data: Mapping[str, Any]) -> Tuning:
             if not all(type(number) is int and number >= 1 for number in value.values()):
                 raise InputError(f"{field.name} must hold positive integers; found {dict(value)}")
             value = Choice(**value)
-        elif type(value) is not bool:
-            raise InputError(f"{field.name} must be true or false; found {value!r}")
+        elif type(value) is not type(field.default):
+            kind = "true or false" if isinstance(field.default, bool) else "a number of streams"
+            raise InputError(f"{field.name} must be {kind}; found {value!r}")
         values[field.name] = value
     return Tuning(**values)
 

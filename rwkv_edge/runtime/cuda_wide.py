@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from rwkv_edge.plugins.fused_spec import Dimensions, FusedKernel
-from rwkv_edge.plugins.wide import GATE_THREADS, NORM_ROWS, PRODUCTS, WARP, Finish, Tile, WideKernels
+from rwkv_edge.plugins.fused_spec import EMBEDDING, Dimensions, FusedKernel, head_columns
+from rwkv_edge.plugins.wide import GATE_THREADS, NORM_ROWS, PRODUCTS, WARP, Finish, Form, Tile, WideKernels
 from rwkv_edge.runtime.cuda_chain import Give, Launch, Outputs, StatePlaces
 from rwkv_edge.runtime.cuda_driver import Driver
+from rwkv_edge.runtime.cuda_weights import Weights
 from rwkv_edge.spec import ITEM_SIZE, ModelSpec
 
 FLOAT: Final = 4  # bytes
@@ -25,11 +26,30 @@ MIX_R, MIX_W, MIX_K, MIX_V, MIX_A, MIX_G = range(6)  # the order in which the co
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """Where a matrix lies and how it is stored.
+
+    Attributes:
+        address: on the device.
+        scale: address of its scales; without any, its own.
+        form: how it is stored.
+        block: inputs that share a scale in int4, else 0.
+        pitch: columns in memory where there are more than are meant, else 0.
+    """
+
+    address: int
+    scale: int
+    form: Form
+    block: int
+    pitch: int = 0
+
+
+@dataclass(frozen=True)
 class Product:
     """output[m][n] = finish(Σ input[m][k]·matrix[k][n]), all of them device addresses; see wide_product.cuh."""
 
     input: int
-    matrix: int
+    matrix: Matrix
     output: int
     columns: int
     depth: int
@@ -40,7 +60,11 @@ class Product:
     @property
     def values(self) -> tuple[int, ...]:
         """In the order of `rwkv_edge.plugins.wide.PRODUCT`."""
-        return self.input, self.matrix, self.output, self.offset, self.other, self.columns, self.depth, int(self.finish)
+        matrix = self.matrix
+        return (
+            self.input, matrix.address, matrix.scale, self.output, self.offset, self.other, self.columns,
+            matrix.pitch or self.columns, self.depth, self.finish, matrix.form, matrix.block,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class WideChain:
         driver: Driver,
         spec: ModelSpec,
         dimensions: Dimensions,
-        weights: Mapping[str, int],
+        weights: Weights,
         rows: int,
         functions: dict[FusedKernel, Any],
     ) -> None:
@@ -87,11 +111,12 @@ class WideChain:
             driver: the GPU.
             spec: of the model.
             dimensions: of the model.
-            weights: `Weights.address` of `rwkv_edge.runtime.cuda_weights`.
+            weights: on the GPU.
             rows: the largest M.
             functions: kernels that are loaded already; those of this chain are added.
         """
-        self._driver, self._spec, self._weights, self.rows = driver, spec, weights, rows
+        self._driver, self._spec, self._weights, self.rows = driver, spec, weights.address, rows
+        self._stored = weights.stored
         self._kernels = WideKernels(dimensions, rows, driver.capability, driver.multiprocessors)
         self._functions = functions
         d, self._item = dimensions, ITEM_SIZE[dimensions.dtype]
@@ -134,7 +159,7 @@ class WideChain:
 
     def last_norm(self, batch: int, tokens: int, kept: int) -> Launch:
         """The normed rows of the last ``kept`` tokens of every stream, after `launches`: what `head` multiplies."""
-        kernel = self._kernels.norm(0, self._split_value, embed=False, sequence=kept > 1)
+        kernel = self._kernels.norm(0, self._split_value, embed=None, sequence=kept > 1)
         places = {**self._buffers, **self._norm("ln_out"), "stream": self._buffers["stream.0"]}
         grid = (-(-kept // NORM_ROWS) if kept > 1 else 1, batch, 1)
         return self._launch(kernel, grid, {**places, "tokens": tokens, "kept": kept})
@@ -143,7 +168,7 @@ class WideChain:
         """Logits [count, V] float32 of the rows of `last_norm` from ``first`` on."""
         d = self._d
         source = self._buffers["mixed"] + first * d.width * self._item
-        product = Product(source, self._weights["head"], logits, d.vocabulary, d.width)
+        product = Product(source, self._matrix("head", head_columns(d.vocabulary)), logits, d.vocabulary, d.width)
         return self._products(count, [product], self._kernels.tile_of(count))
 
     def enqueue(self, launches: Sequence[Launch]) -> None:
@@ -165,17 +190,17 @@ class WideChain:
         self._buffers.clear()
 
     def _mixes(self, layer: int, rows: Rows) -> Launch:
-        kernel = self._kernels.norm(6, self._split_value, embed=layer == 0, sequence=rows.tokens > 1)
+        kernel = self._kernels.norm(6, self._split_value, embed=self._embedded(layer), sequence=rows.tokens > 1)
         places = {
-            **self._buffers, **self._norm(f"blocks.{layer}.ln1"), "ids": rows.ids, "table": self._weights["emb"],
-            "mix": self._weights[f"blocks.{layer}.att.mix"], "stream": self._buffers["stream.0"],
-            "stream.out": self._buffers["stream.1"], "shift": rows.state.shifts[rows.side][layer][0],
-            "shift.out": rows.state.shifts[1 - rows.side][layer][0],
+            **self._buffers, **self._norm(f"blocks.{layer}.ln1"), "ids": rows.ids, "table": self._weights[EMBEDDING],
+            "table.scale": self._weights[f"{EMBEDDING}.scale"], "mix": self._weights[f"blocks.{layer}.att.mix"],
+            "stream": self._buffers["stream.0"], "stream.out": self._buffers["stream.1"],
+            "shift": rows.state.shifts[rows.side][layer][0], "shift.out": rows.state.shifts[1 - rows.side][layer][0],
         }  # fmt: skip
         return self._launch_norm(kernel, rows, places)
 
     def _channel_mix(self, layer: int, rows: Rows) -> Launch:
-        kernel = self._kernels.norm(1, self._split_out, embed=False, sequence=rows.tokens > 1)
+        kernel = self._kernels.norm(1, self._split_out, embed=None, sequence=rows.tokens > 1)
         places = {
             **self._buffers, **self._norm(f"blocks.{layer}.ln2"), "mix": self._weights[f"blocks.{layer}.ffn.mix"],
             "stream": self._buffers["stream.1"], "stream.out": self._buffers["stream.0"],
@@ -197,21 +222,21 @@ class WideChain:
         return self._products(
             rows.count,
             [
-                Product(b["mixed"] + mix * size, self._att(layer, name), b[to], columns, d.width, finish)
+                Product(b["mixed"] + mix * size, self._att_matrix(layer, name), b[to], columns, d.width, finish)
                 for name, mix, to, columns, finish in wanted
             ],
         )
 
     def _second_products(self, layer: int, rows: Rows) -> Launch:
-        d, b, att = self._d, self._buffers, partial(self._att, layer)
+        d, b, att, matrix = self._d, self._buffers, partial(self._att, layer), partial(self._att_matrix, layer)
         wanted = [
-            Product(b["hw"], att("w2"), b["w"], d.inner, d.rank_w, Finish.TO_DECAY, att("w0")),
-            Product(b["ha"], att("a2"), b["a"], d.inner, d.rank_a, Finish.TO_RATE, att("a0")),
-            Product(b["hg"], att("g2"), b["g"], d.inner, d.rank_g),
+            Product(b["hw"], matrix("w2"), b["w"], d.inner, d.rank_w, Finish.TO_DECAY, att("w0")),
+            Product(b["ha"], matrix("a2"), b["a"], d.inner, d.rank_a, Finish.TO_RATE, att("a0")),
+            Product(b["hg"], matrix("g2"), b["g"], d.inner, d.rank_g),
         ]
         if layer > 0:
             blend = Finish.TO_BLEND
-            wanted.append(Product(b["hv"], att("v2"), b["v"], d.inner, d.rank_v, blend, att("v0"), b["v_first"]))
+            wanted.append(Product(b["hv"], matrix("v2"), b["v"], d.inner, d.rank_v, blend, att("v0"), b["v_first"]))
         return self._products(rows.count, wanted)
 
     def _recurrence(self, layer: int, rows: Rows) -> list[Launch]:
@@ -225,18 +250,20 @@ class WideChain:
             return [self._launch(kernels.step(), (d.heads, rows.batch, 1), places)]
         heads = GATE_THREADS // WARP  # of a block
         return [
-            self._launch(kernels.sequence(), (kernels.sequence_blocks, d.heads, rows.batch), places),
+            self._launch(
+                kernels.sequence(rows.batch), (kernels.sequence_blocks(rows.batch), d.heads, rows.batch), places
+            ),
             self._launch(kernels.gate(), (-(-d.heads // heads), rows.count, 1), places),
         ]
 
     def _output(self, layer: int, rows: Rows) -> Launch:
         d, b = self._d, self._buffers
-        product = Product(b["gated"], self._att(layer, "output"), b["parts"], d.width, d.inner)
+        product = Product(b["gated"], self._att_matrix(layer, "output"), b["parts"], d.width, d.inner)
         return self._products(rows.count, [product], split=self._split_out)
 
     def _feed_forward(self, layer: int, rows: Rows) -> list[Launch]:
         d, b = self._d, self._buffers
-        key, value = (self._weights[f"blocks.{layer}.ffn.{name}"] for name in ("key", "value"))
+        key, value = (self._matrix(f"blocks.{layer}.ffn.{name}") for name in ("key", "value"))
         return [
             self._products(
                 rows.count, [Product(b["mixed"], key, b["hidden"], d.hidden, d.width, Finish.TO_RELU_SQUARE)]
@@ -247,7 +274,8 @@ class WideChain:
         ]
 
     def _products(self, count: int, products: Sequence[Product], tile: Tile | None = None, split: int = 1) -> Launch:
-        kernel, tile = self._kernels.product(split, tile), tile or self._kernels.tile
+        forms = {product.matrix.form for product in products}
+        kernel, tile = self._kernels.product(forms, split, tile), tile or self._kernels.tile
         tiles = sum(-(-product.columns // tile.columns) for product in products)
         missing = (0,) * len(products[0].values) * (PRODUCTS - len(products))
         values = (count, *(value for product in products for value in product.values), *missing)
@@ -266,6 +294,18 @@ class WideChain:
             ptx = kernel.ptx(self._driver.capability)
             self._functions[kernel] = self._driver.function(ptx, kernel.name, kernel.shared)
         return Launch(replace(kernel, grid=grid), self._functions[kernel], values)
+
+    def _embedded(self, layer: int) -> Form | None:
+        """How the embedding is stored, for the layer that reads it."""
+        return Form.of(self._stored.get(EMBEDDING)) if layer == 0 else None
+
+    def _att_matrix(self, layer: int, name: str) -> Matrix:
+        return self._matrix(f"blocks.{layer}.att.{name}")
+
+    def _matrix(self, name: str, pitch: int = 0) -> Matrix:
+        stored = self._stored.get(name)
+        block = (stored and stored.block) or 0
+        return Matrix(self._weights[name], self._weights[f"{name}.scale"], Form.of(stored), block, pitch)
 
     def _att(self, layer: int, name: str) -> int:
         return self._weights[f"blocks.{layer}.att.{name}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cuda_double
 import pytest
@@ -19,6 +20,9 @@ from rwkv_edge.plugins.fused_spec import Choice, FusedKernel, Tuning
 from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.cuda_tuning import LARGE, SMALL, keep_tuning, tuning_file, tuning_for, tuning_from_json
 
+if TYPE_CHECKING:
+    from rwkv_edge.runtime.cuda_state import CudaState
+
 
 @pytest.fixture
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -29,11 +33,14 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 BEST = replace(SMALL, channel_mix_out=Choice(16, 1, ahead=24), time_mix_in=Choice(64, threads=128), skip=True)
+WIDE_FROM = 4
 
 
-def cost(self: CudaSession, state: object, count: int) -> float:
-    """Seconds that are least with `BEST`."""
-    del state, count
+def cost(self: CudaSession, state: CudaState, count: int) -> float:
+    """Seconds that are least with `BEST`, and with wide kernels from `WIDE_FROM` streams on."""
+    del count
+    if state.batch > 1:
+        return float(WIDE_FROM - 0.5 if state.batch >= self.tuning.wide_from else state.batch)
     parts = [getattr(self.tuning, name) != getattr(BEST, name) for name in vars(BEST)]
     near = sum(
         getattr(getattr(self.tuning, name), field) != getattr(getattr(BEST, name), field)
@@ -50,9 +57,10 @@ def test_finds_the_fastest_and_keeps_it(artifact: Path, monkeypatch: pytest.Monk
     found = json.loads(result.stdout)
     assert found["after"] < found["before"]
     assert found["tried"] > 20
-    assert tuning_from_json(found["tuning"]) == BEST
+    best = replace(BEST, wide_from=WIDE_FROM)
+    assert tuning_from_json(found["tuning"]) == best
     session = CudaSession(Artifact.open(artifact))
-    assert session.tuning == BEST
+    assert session.tuning == best
 
 
 def test_words(artifact: Path) -> None:
@@ -95,7 +103,9 @@ def test_damaged_files_are_done_without(artifact: Path) -> None:
         assert tuning_for("gpu", dimensions, {}) == SMALL
 
 
-@pytest.mark.parametrize("wrong", [{"skip": 1}, {"head": {"tile": 0, "split": 1, "ahead": 1, "threads": 32}}])
+@pytest.mark.parametrize(
+    "wrong", [{"skip": 1}, {"wide_from": True}, {"head": {"tile": 0, "split": 1, "ahead": 1, "threads": 32}}]
+)
 def test_fields_are_checked(wrong: dict[str, object]) -> None:
     data = json.loads(json.dumps({name: vars(v) if isinstance(v, Choice) else v for name, v in vars(Tuning()).items()}))
     assert tuning_from_json(data) == Tuning()

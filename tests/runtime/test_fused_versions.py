@@ -181,16 +181,17 @@ def test_first_state(sessions: Case) -> None:
 
 
 def test_prefill_is_steps(sessions: Case) -> None:
-    session, oracle, _ = sessions
-    arrays = random_state(oracle, 2)
+    """To the bit, but where the wide kernels take a prompt in chunks."""
+    session, oracle, tolerance = sessions
+    arrays, allowed = random_state(oracle, 2), tolerance if session.chunks else 0
     tokens = np.random.default_rng(3).integers(0, session.spec.vocab_size, (2, 5))
     one, other = session.import_state(arrays), session.import_state(arrays)
     logits = session.prefill(tokens, one)
     for t in range(5):
         expected = session.step(tokens[:, t], other)
-    np.testing.assert_array_equal(logits, expected)
+    assert apart(logits, expected) <= allowed
     for name, array in session.export_state(one).items():
-        np.testing.assert_array_equal(array, session.export_state(other)[name])
+        assert apart(array, session.export_state(other)[name]) <= allowed
 
 
 def test_greedy(sessions: Case) -> None:

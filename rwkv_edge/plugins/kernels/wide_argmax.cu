@@ -8,12 +8,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(Number columns, con
     const float* const row = logits + blockIdx.x * columns;
     float top = __int_as_float(0xff800000);  // -infinity
     int at = 0;
+    const bool aligned = columns % 4 == 0;
     for (int n = threadIdx.x * 4; n < columns; n += THREADS * 4) {
         float x[4];
-        load4(x, row + n);
+        if (aligned) load4(x, row + n);
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
+        for (int e = 0; e < 4; ++e) {
+            if (!aligned) x[e] = n + e < columns ? row[n + e] : __int_as_float(0xff800000);
             if (x[e] > top) top = x[e], at = n + e;
+        }
     }
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {

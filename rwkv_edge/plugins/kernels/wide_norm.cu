@@ -2,7 +2,8 @@
 //
 // Further parameters: ROWS: of a block, neighbours in one stream; MIXES: mixed inputs [MIXES, M, D], 0 for the normed rows
 // themselves, [M, D]; PARTS: partial sums that the product ahead left, [PARTS, M, D]; EMBED: 1 where the stream is rows of
-// the embedding. Grid (blocks of rows in a stream, B). stream_out must not be stream_in, nor shift_out shift_in.
+// the embedding; EMBED_INT8: they are int8 with a scale each. Grid (blocks of rows in a stream, B). stream_out must not
+// be stream_in, nor shift_out shift_in.
 // MIXES = 0: no shift, and `tokens` counts rows of a stream of which the last `kept` are normed.
 #include "wide.cuh"
 
@@ -19,6 +20,20 @@ struct Vector {
         for (int q = 0; q < QUADS; ++q) quad[q] = place(q) < WIDTH ? fetch4(from + place(q)) : zero4<Act>();
     }
 };
+
+#if EMBED_INT8
+typedef signed char Embedded;
+__device__ __forceinline__ void embed(float (&x)[4], const Embedded* table, const Act* scales, int token, int at) {
+    const char4 row = *reinterpret_cast<const char4*>(table + static_cast<long long>(token) * WIDTH + at);
+    const float scale = widen(scales[token]);
+    x[0] = row.x * scale, x[1] = row.y * scale, x[2] = row.z * scale, x[3] = row.w * scale;
+}
+#else
+typedef Act Embedded;
+__device__ __forceinline__ void embed(float (&x)[4], const Embedded* table, const Act*, int token, int at) {
+    widen4(x, fetch4(table + static_cast<long long>(token) * WIDTH + at));
+}
+#endif
 
 struct Lines {
     float x[LINES][QUADS][4];
@@ -69,7 +84,7 @@ struct Lines {
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     Number tokens,
 #if EMBED
-    const int* __restrict__ ids, const Act* __restrict__ table,
+    const int* __restrict__ ids, const Embedded* __restrict__ table, const Act* __restrict__ table_scale,
 #else
     const float* __restrict__ stream_in, const float* __restrict__ parts,
 #endif
@@ -107,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
             x[0] = x[1] = x[2] = x[3] = 0.0f;
             if (!there || place(q) >= WIDTH) continue;
 #if EMBED
-            widen4(x, fetch4(table + static_cast<long long>(ids[origin + t]) * WIDTH + place(q)));
+            embed(x, table, table_scale, ids[origin + t], place(q));
 #else
             const long long at = (origin + t) * WIDTH + place(q);
             load4(x, stream_in + at);

@@ -3,6 +3,17 @@
 // Further parameter: TILE_K, inputs that are in shared memory at once. THREADS is TILE_M * TILE_N / 16.
 #include "wide_product.cuh"
 
+// One weight as it is meant.
+__device__ __forceinline__ float weight_of(const Product& p, int k, int n) {
+    const long long at = static_cast<long long>(k) * p.pitch + n;
+    if (has(IN_INT8) && p.form == IN_INT8) return static_cast<const signed char*>(p.matrix)[at] * widen(p.scale[n]);
+    if (has(IN_INT4) && p.form == IN_INT4) {
+        const int pair = static_cast<const unsigned char*>(p.matrix)[at / 2], nibble = at % 2 ? pair >> 4 : pair & 15;
+        return ((nibble ^ 8) - 8) * widen(p.scale[static_cast<long long>(k / p.block) * p.pitch + n]);
+    }
+    return widen(static_cast<const Weight*>(p.matrix)[at]);
+}
+
 constexpr int ACROSS = TILE_N / 4;
 static_assert(THREADS == TILE_M * TILE_N / 16, "a thread has 4 x 4 sums");
 
@@ -24,8 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(PRODUCT_ARGUMENTS) 
         for (int index = threadIdx.x; index < TILE_K * TILE_N; index += THREADS) {
             const int k = first + index / TILE_N, column = first_n + index % TILE_N;
             const bool there = k < end && column < mine.columns;
-            const long long at = static_cast<long long>(k) * mine.columns + column;
-            weights[index / TILE_N][index % TILE_N] = there ? widen(static_cast<const Weight*>(mine.matrix)[at]) : 0.0f;
+            weights[index / TILE_N][index % TILE_N] = there ? weight_of(mine, k, column) : 0.0f;
         }
         __syncthreads();
 #pragma unroll

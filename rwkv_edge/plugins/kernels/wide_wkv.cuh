@@ -32,19 +32,23 @@ struct Head {
     }
     // k becomes the key, kk the removal key, b its negative times the rate; returns the sum over r, k and r_k
     __device__ __forceinline__ float prepare(Row& row, float (&kk)[CHANNELS], float (&b)[CHANNELS]) const {
-        float square = 0.0f, bonus = 0.0f;
+        removal_key(row.k, kk);
+        float bonus = 0.0f;
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) {
-            kk[c] = row.k[c] * k_k[c];
-            square += kk[c] * kk[c];
             row.k[c] *= (row.a[c] - 1.0f) * k_a[c] + 1.0f;
             bonus += row.r[c] * row.k[c] * r_k[c];
+            b[c] = -kk[c] * row.a[c];
         }
-        square = sum_lanes<32>(square);
-        const float inverse = 1.0f / fmaxf(sqrtf(square), 1e-12f);
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) kk[c] *= inverse, b[c] = -kk[c] * row.a[c];
         return sum_lanes<32>(bonus);
+    }
+    __device__ __forceinline__ void removal_key(const float (&k)[CHANNELS], float (&kk)[CHANNELS]) const {
+        float square = 0.0f;
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) kk[c] = k[c] * k_k[c], square += kk[c] * kk[c];
+        const float inverse = 1.0f / fmaxf(sqrtf(sum_lanes<32>(square)), 1e-12f);
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c) kk[c] *= inverse;
     }
 };
 
