@@ -47,6 +47,26 @@ struct Bin {
     unsigned count;
     Mass units;
 };
+
+// Sums over the threads up to this one.
+__device__ __forceinline__ Bin running_sum(Bin sum) {
+    __shared__ unsigned counts[WARPS];
+    __shared__ Mass units[WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned count = __shfl_up_sync(EVERY_LANE, sum.count, step);
+        const Mass unit = __shfl_up_sync(EVERY_LANE, sum.units, step);
+        if (lane >= step) sum.count += count, sum.units += unit;
+    }
+    if (lane == 31) counts[warp] = sum.count, units[warp] = sum.units;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i)
+        if (i < warp) sum.count += counts[i], sum.units += units[i];
+    __syncthreads();
+    return sum;
+}
 struct Found {
     int bin;
     unsigned above;  // counts of the bins above
@@ -58,18 +78,22 @@ template <int bins> __device__ __forceinline__ int place_of_bin(int i) {
     return bins - 1 - (static_cast<int>(threadIdx.x) * (bins / THREADS) + i);
 }
 
-// The first bin, from the last down, with which `enough(count, units)` of the sums is true; it is true for the sums of
-// all bins. Every thread gets it.
-template <int bins, typename Enough>
-__device__ __forceinline__ Found reached(const Bin (&mine)[bins / THREADS], Enough enough) {
-    __shared__ unsigned counts[WARPS];
-    __shared__ Mass units[WARPS];
-    __shared__ Found found;
-    unsigned count = 0;
-    Mass sum = 0;
+// Sums of a thread's own bins.
+template <int each> __device__ __forceinline__ Bin sum_of(const Bin (&mine)[each]) {
+    Bin sum{0, 0};
 #pragma unroll
-    for (int i = 0; i < bins / THREADS; ++i) count += mine[i].count, sum += mine[i].units;
-    count = running_sum(count, counts) - count, sum = running_sum(sum, units) - sum;
+    for (int i = 0; i < each; ++i) sum.count += mine[i].count, sum.units += mine[i].units;
+    return sum;
+}
+
+// The first bin, from the last down, with which `enough(count, units)` of the sums is true; it is true for the sums of
+// all bins. `upto` are the running sums of `sum_of(mine)`. Every thread gets it.
+template <int bins, typename Enough>
+__device__ __forceinline__ Found reached(const Bin (&mine)[bins / THREADS], Bin upto, Enough enough) {
+    __shared__ Found found;
+    const Bin own = sum_of(mine);
+    unsigned count = upto.count - own.count;
+    Mass sum = upto.units - own.units;
     // counts and units only grow: one thread has the bin before which there is not enough, and with which there is
     bool before = enough(count, sum);
 #pragma unroll

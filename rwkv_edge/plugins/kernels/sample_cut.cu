@@ -29,21 +29,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         if (counts[i]) atomicAdd(histogram + i, static_cast<Mass>(counts[i]) << COUNT_AT | rests[i]);
     if (!is_last(arrived + b)) return;
 
-    __shared__ Mass scratch[WARPS];
     __shared__ Mass all;
+    Mass packed[BINS / THREADS];
     Bin bins[BINS / THREADS];
-    Mass total = 0;
+#pragma unroll
+    for (int i = 0; i < BINS / THREADS; ++i) packed[i] = fresh(histogram + place_of_bin<BINS>(i));
 #pragma unroll
     for (int i = 0; i < BINS / THREADS; ++i) {
         const int at = place_of_bin<BINS>(i);
-        const Mass packed = fresh(histogram + at), rest = packed & ((1ull << COUNT_AT) - 1);
-        bins[i].count = static_cast<unsigned>(packed >> COUNT_AT);
+        const Mass rest = packed[i] & ((1ull << COUNT_AT) - 1);
+        bins[i].count = static_cast<unsigned>(packed[i] >> COUNT_AT);
         bins[i].units = fixed(bins[i].count * leading_bits(at) + rest, at >> (23 - REST));
-        total += bins[i].units;
         histogram[at] = 0;
     }
-    total = running_sum(total, scratch);
-    if (threadIdx.x == THREADS - 1) all = total;
+    const Bin upto = running_sum(sum_of(bins));
+    if (threadIdx.x == THREADS - 1) all = upto.units;
     __syncthreads();
     const Settings how = settings[b];
     Cut cut;
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         if (threadIdx.x == 0) cuts[b] = cut;
         return;
     }
-    const Found found = reached<BINS>(bins, [&](unsigned count, Mass mass) {
+    const Found found = reached<BINS>(bins, upto, [&](unsigned count, Mass mass) {
         return count >= cut.wanted || mass >= cut.target;
     });
     cut.bin = found.bin, cut.above = found.above, cut.mass = found.units;

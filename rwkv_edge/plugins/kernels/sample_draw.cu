@@ -39,21 +39,45 @@ struct Stream {
     __device__ __forceinline__ Mass mass(const Listed& item, const Limit& limit) const {
         return mass(scores[item.token] - peak, item.bits, item.token, limit);
     }
-    // Four tokens from `first` on. Returns their sum.
-    __device__ __forceinline__ Mass masses(Mass (&kept)[4], int first, const Limit& limit) const {
-        float x[4];
-        kept[0] = kept[1] = kept[2] = kept[3] = 0;
-        if (first >= VOCABULARY) return 0;
-        load4(x, scores + first);
+};
+
+// Four tokens of a stream from `first` on; behind the vocabulary they weigh nothing.
+struct Four {
+    int first;
+    float below[4];    // the largest score
+    unsigned bits[4];  // of the weights
+    bool fault;        // a score is no number
+
+    __device__ __forceinline__ Four(const Stream& stream, int first) : first(first), fault(false) {
+        float x[4] = {-infinity(), -infinity(), -infinity(), -infinity()};
+        if (first < VOCABULARY) load4(x, stream.scores + first);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) kept[e] = mass(x[e] - peak, weight_bits(x[e] - peak), first + e, limit);
+        for (int e = 0; e < 4; ++e) {
+            fault = fault || (first < VOCABULARY && !(x[e] <= stream.peak));
+            below[e] = x[e] - stream.peak, bits[e] = weight_bits(below[e]);
+        }
+    }
+    // Returns their sum.
+    __device__ __forceinline__ Mass masses(Mass (&kept)[4], const Stream& stream, const Limit& limit) const {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) kept[e] = stream.mass(below[e], bits[e], first + e, limit);
         return kept[0] + kept[1] + kept[2] + kept[3];
     }
 };
 
-__device__ __forceinline__ Listed listed(const Listed* list, unsigned i) {
-    const Mass raw = fresh(reinterpret_cast<const Mass*>(list) + i);
-    return {static_cast<int>(raw & 0xffffffff), static_cast<unsigned>(raw >> 32)};
+// What is listed, a thread's share of it; the loads of AT_ONCE are under way together.
+template <typename Use> __device__ __forceinline__ void for_each(const Listed* list, unsigned count, Use use) {
+    constexpr int AT_ONCE = 4;
+    for (unsigned first = threadIdx.x; first < count; first += AT_ONCE * THREADS) {
+        Mass raw[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            raw[i] = fresh(reinterpret_cast<const Mass*>(list) + min(first + i * THREADS, count - 1));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (first + i * THREADS < count)
+                use(Listed{static_cast<int>(raw[i] & 0xffffffff), static_cast<unsigned>(raw[i] >> 32)});
+    }
 }
 
 // The token of rank `rank` (from 1) of those with this weight.
@@ -63,10 +87,9 @@ __device__ int ranked(const Listed* list, unsigned count, unsigned bits, unsigne
     constexpr int EACH = (WORDS + THREADS - 1) / THREADS;
     for (int i = threadIdx.x; i < WORDS; i += THREADS) words[i] = 0;
     __syncthreads();
-    for (unsigned i = threadIdx.x; i < count; i += THREADS) {
-        const Listed item = listed(list, i);
+    for_each(list, count, [&](const Listed& item) {
         if (item.bits == bits) atomicOr(words + item.token / 32, 1u << item.token % 32);
-    }
+    });
     __syncthreads();
     unsigned mine = 0;
     for (int i = 0; i < EACH; ++i) {
@@ -89,20 +112,17 @@ __device__ int ranked(const Listed* list, unsigned count, unsigned bits, unsigne
     return found;
 }
 
-// The limit within the bin of the cut, by the other 19 bits: first their upper 10, then the rest.
+// The limit within the bin of the cut, by the other 19 bits: first their upper 10, then the rest. words are zeros.
 __device__ Limit limit_of(const Cut& cut, const Listed* list, unsigned count, unsigned* words) {
     unsigned *counts = words, *rests = words + (1 << HIGH);
     const int exponent = cut.bin >> (23 - REST);
     const auto enough = [&](unsigned n, Mass units) {
         return cut.above + n >= cut.wanted || (cut.target != NO_MASS && cut.mass + fixed(units, exponent) >= cut.target);
     };
-    for (int i = threadIdx.x; i < WORDS; i += THREADS) words[i] = 0;
-    __syncthreads();
-    for (unsigned i = threadIdx.x; i < count; i += THREADS) {
-        const unsigned bits = listed(list, i).bits;
-        const unsigned at = bits >> LOW & ((1u << HIGH) - 1);
-        atomicAdd(counts + at, 1u), atomicAdd(rests + at, bits & ((1u << LOW) - 1));
-    }
+    for_each(list, count, [&](const Listed& item) {
+        const unsigned at = item.bits >> LOW & ((1u << HIGH) - 1);
+        atomicAdd(counts + at, 1u), atomicAdd(rests + at, item.bits & ((1u << LOW) - 1));
+    });
     __syncthreads();
     const Mass leading = leading_bits(cut.bin);
     Bin upper[(1 << HIGH) / THREADS];
@@ -111,15 +131,14 @@ __device__ Limit limit_of(const Cut& cut, const Listed* list, unsigned count, un
         const int at = place_of_bin<1 << HIGH>(i);
         upper[i] = {counts[at], counts[at] * (leading | static_cast<Mass>(at) << LOW) + rests[at]};
     }
-    const Found part = reached<1 << HIGH>(upper, enough);
+    const Found part = reached<1 << HIGH>(upper, running_sum(sum_of(upper)), enough);
 
     for (int i = threadIdx.x; i < 1 << LOW; i += THREADS) counts[i] = 0;
     __syncthreads();
     const unsigned prefix = static_cast<unsigned>(cut.bin) << HIGH | part.bin;
-    for (unsigned i = threadIdx.x; i < count; i += THREADS) {
-        const unsigned bits = listed(list, i).bits;
-        if (bits >> LOW == prefix) atomicAdd(counts + (bits & ((1u << LOW) - 1)), 1u);
-    }
+    for_each(list, count, [&](const Listed& item) {
+        if (item.bits >> LOW == prefix) atomicAdd(counts + (item.bits & ((1u << LOW) - 1)), 1u);
+    });
     __syncthreads();
     Bin lower[(1 << LOW) / THREADS];
 #pragma unroll
@@ -128,7 +147,7 @@ __device__ Limit limit_of(const Cut& cut, const Listed* list, unsigned count, un
         const Mass mantissa = leading | static_cast<Mass>(part.bin) << LOW | at;
         lower[i] = {counts[at], counts[at] * mantissa};
     }
-    const Found last = reached<1 << LOW>(lower, [&](unsigned n, Mass units) {
+    const Found last = reached<1 << LOW>(lower, running_sum(sum_of(lower)), [&](unsigned n, Mass units) {
         return enough(part.above + n, part.units + units);
     });
     const unsigned equal = counts[last.bin], room = cut.wanted - (cut.above + part.above + last.above);
@@ -138,19 +157,24 @@ __device__ Limit limit_of(const Cut& cut, const Listed* list, unsigned count, un
     return limit;
 }
 
-// Puts the tokens of the bin of the cut on the list; whether a score is no number.
-__device__ __forceinline__ bool gathered(const Stream& stream, int first, int bin, Listed* list, unsigned* count) {
-    if (first >= VOCABULARY) return false;
-    float x[4];
-    load4(x, stream.scores + first);
-    bool fault = false;
+// Puts the block's tokens of the bin of the cut on the list, side by side. here [2] holds a zero first.
+__device__ __forceinline__ void gather(const Four& four, int bin, Listed* list, unsigned* count, unsigned* here) {
+    bool inside[4];
+    unsigned mine = 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-        fault = fault || !(x[e] <= stream.peak);
-        const unsigned bits = weight_bits(x[e] - stream.peak);
-        if (CUT && static_cast<int>(bits >> REST) == bin) list[atomicAdd(count, 1u)] = {first + e, bits};
+        inside[e] = four.first < VOCABULARY && static_cast<int>(four.bits[e] >> REST) == bin;
+        mine += inside[e];
     }
-    return fault;
+    unsigned at = mine ? atomicAdd(here, mine) : 0;
+    __syncthreads();
+    if (threadIdx.x == 0 && here[0]) here[1] = atomicAdd(count, here[0]);
+    __syncthreads();
+    if (!mine) return;
+    at += here[1];
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        if (inside[e]) list[at++] = {four.first + e, four.bits[e]};
 }
 
 // Where the running sum of what passes reaches the fraction of all; slices [THREADS] are the sums of the slices.
@@ -165,16 +189,16 @@ __device__ int drawn(const Stream& stream, const Limit& limit, const Mass* slice
     __syncthreads();
     if (sum - slice < all && all <= sum) place = threadIdx.x, point = all - (sum - slice);
     __syncthreads();
-    const int first = place * SLICE + 4 * threadIdx.x;
+    const Four four(stream, place * SLICE + 4 * threadIdx.x);
     const Mass rest = point;
     Mass kept[4];
-    const Mass mine = stream.masses(kept, first, limit);
+    const Mass mine = four.masses(kept, stream, limit);
     sum = running_sum(mine, scratch);
     if (sum - mine < rest && rest <= sum) {
         Mass before = sum - mine;
         int e = 0;
         while (e < 3 && before + kept[e] < rest) before += kept[e++];
-        place = first + e;
+        place = four.first + e;
     }
     __syncthreads();
     return place;
@@ -184,9 +208,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float* scores, const float* tops, const int* tops_at, const Settings* settings, const Mass* fractions,
     const Cut* cuts, const int* stops, Mass* masses, Listed* list, unsigned* list_count, unsigned* faults,
     unsigned* arrived, int* tokens, int* history, unsigned* turns, int* accepted, int* halted) {
-    __shared__ unsigned words[CUT ? WORDS : 1];
+    __shared__ unsigned words[CUT ? WORDS : 1], here[2];
     __shared__ Mass slices[THREADS], scratch[WARPS];
-    const int b = blockIdx.y, first = blockIdx.x * SLICE + 4 * threadIdx.x;
+    const int b = blockIdx.y;
+    if (threadIdx.x == 0) here[0] = 0;
+    for (int i = threadIdx.x; i < (CUT ? WORDS : 1); i += THREADS) words[i] = 0;
     wait_for_previous();
     const Ends ends{tokens + b, history + b, turns + b, accepted + b, halted + b, stops};
     if (halted[b]) {
@@ -196,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     list += static_cast<long long>(b) * VOCABULARY, masses += b * SLICES;
     const Settings how = settings[b];
     const float* row = scores + static_cast<long long>(b) * VOCABULARY;
-    const Stream stream{row, largest(tops + b * COUNT), how.temperature, how.min_p};
+    const Stream stream{row, largest(tops + b * COUNT), how.temperature, how.min_p};  // its barrier ends the zeros
     Cut cut;
     cut.bin = -1;
     if (CUT) cut = cuts[b];
@@ -204,8 +230,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     Limit limit{static_cast<unsigned>(cut.bin + 1) << REST, NOWHERE};  // all of the bins above
 
     Mass kept[4];
-    const Mass sum = running_sum(stream.masses(kept, first, limit), scratch);
-    if (gathered(stream, first, cut.bin, list, list_count + b)) faults[b] = 1;
+    const Four four(stream, blockIdx.x * SLICE + 4 * threadIdx.x);
+    if (CUT && !all) gather(four, cut.bin, list, list_count + b, here);
+    const Mass sum = running_sum(four.masses(kept, stream, limit), scratch);
+    if (four.fault) faults[b] = 1;
     if (threadIdx.x == THREADS - 1) masses[blockIdx.x] = sum;
     if (!is_last(arrived + b)) return;
 
@@ -224,10 +252,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     } else {
         if (CUT && !all) {
             limit = limit_of(cut, list, count, words);
-            for (unsigned i = threadIdx.x; i < count; i += THREADS) {
-                const Listed item = listed(list, i);
+            for_each(list, count, [&](const Listed& item) {
                 atomicAdd(slices + item.token / SLICE, stream.mass(item, limit));
-            }
+            });
             __syncthreads();
         }
         token = drawn(stream, limit, slices, fractions[*ends.turn % RING * STREAMS + b]);
