@@ -30,8 +30,9 @@ from step_gpu_models import FLOAT, SCHEMES, SHAPES, Reference, place_of, prepare
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.evaluation.roofline import read_bandwidth, usable_cores
 from rwkv_edge.exporters.layout import INDEX_FILE
-from rwkv_edge.runtime.cuda import CudaSession, CudaState
+from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.cuda_chain import Launch
+from rwkv_edge.runtime.cuda_state import CudaState
 
 LAYER = ("time_mix_in", "wkv", "time_mix_out", "channel_mix_in", "channel_mix_out")
 LAST = ("head", "argmax")

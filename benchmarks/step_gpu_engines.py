@@ -16,7 +16,8 @@ import torch
 from common import relative
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.runtime.cuda import CudaSession, CudaState
+from rwkv_edge.runtime.cuda import CudaSession
+from rwkv_edge.runtime.cuda_state import CudaState
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.ort_device import DeviceState
 from rwkv_edge.runtime.sampling import Sampler, SamplerConfig

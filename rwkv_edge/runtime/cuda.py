@@ -6,7 +6,6 @@ graph, captured for each of the two directions between the token-shift states.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,16 @@ from rwkv_edge.plugins.fused import Kernels
 from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, FusedKernel, Tuning
 from rwkv_edge.plugins.fused_versions import KERNELS
 from rwkv_edge.runtime.cuda_ahead import Ahead, Fetch, drawn_tokens
-from rwkv_edge.runtime.cuda_chain import Chain, Give, Launch, Outputs, StatePlaces, row_bytes, state_layout
+from rwkv_edge.runtime.cuda_chain import Chain, Give, Launch
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
-from rwkv_edge.runtime.cuda_pieces import MOST_ROWS, Piece, PieceKey, Pieces
+from rwkv_edge.runtime.cuda_pieces import MOST_ROWS, Piece, Pieces
 from rwkv_edge.runtime.cuda_sampling import DrawKey, Draws, checked_samplers, draws_on_device, take_all
+from rwkv_edge.runtime.cuda_state import CudaState
 from rwkv_edge.runtime.cuda_tuning import keep_tuning, tuning_for
 from rwkv_edge.runtime.cuda_weights import INDEX_FILE, WEIGHTS_FILE, check_scheme, load_weights
 from rwkv_edge.runtime.cuda_wide import WideChain
 from rwkv_edge.runtime.initial import initial_arrays, stored_initial
-from rwkv_edge.runtime.sampling import Sampler
+from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
 from rwkv_edge.runtime.session import (
     Watch,
     checked_tokens,
@@ -52,85 +52,6 @@ def dimensions_of(spec: ModelSpec) -> Dimensions:
         return KERNELS[spec.version].dimensions_of(spec)
     except InputError as error:
         raise SessionError(f"the backend 'cuda' cannot run this model: {error}; use another backend") from error
-
-
-class CudaState:
-    """The memory of streams on the GPU: matrices updated in place, token shifts on two sides that take turns.
-
-    Attributes:
-        batch: number of streams.
-        side: of the token shifts that hold the state.
-        generation: of the kernels that ``graphs`` hold; see `CudaSession.retune`.
-        ran: chunks that have run once; the second time is worth a graph.
-        owed: tokens of a lone stream that the state stands behind, but that have still to be fed.
-        ahead: who runs ahead with it; it must land before anybody else uses the state.
-        draws: with what its tokens are drawn, once any were.
-    """
-
-    def __init__(self, driver: Driver, spec: ModelSpec, batch: int) -> None:
-        self.batch, self.side, self.generation = batch, 0, 0
-        self._driver, self._spec = driver, spec
-        self.single, self.double = state_layout(spec, batch)
-        self._sizes = tuple(_end(places) for places in (self.single, self.double))
-        self.matrices = driver.allocate(self._sizes[0])
-        self.shifts = driver.allocate(self._sizes[1]), driver.allocate(self._sizes[1])
-        self.tokens = driver.allocate(4 * batch)
-        self.logits = driver.allocate(4 * batch * spec.vocab_size)
-        self.halted = driver.allocate(4 * batch)
-        self.graphs: dict[tuple[int, Give | DrawKey | PieceKey], Graph] = {}
-        self.ran: set[tuple[int, PieceKey]] = set()
-        self.owed: list[int] = []
-        self.ahead: Ahead | None = None
-        self.draws: Draws | None = None
-        pointers = (self.matrices, *self.shifts, self.tokens, self.logits, self.halted)
-        weakref.finalize(self, _release, driver, pointers, self.graphs)
-
-    def address(self, name: str, side: int, row: int = 0) -> int:
-        """Of a stream's part of a state tensor."""
-        at = row * row_bytes(self._spec, name)
-        if name in self.single:
-            return self.matrices + self.single[name][0] + at
-        return self.shifts[side] + self.double[name][0] + at
-
-    def places(self, row: int) -> StatePlaces:
-        """The streams from ``row`` on."""
-        layers = range(self._spec.n_layer)
-        shifts = [
-            tuple(
-                (self.address(f"att_shift.{i}", side, row), self.address(f"ffn_shift.{i}", side, row)) for i in layers
-            )
-            for side in (0, 1)
-        ]
-        parts = [(name, *name.rsplit(".", 1)) for name in self.single]
-        single = tuple({part: self.address(name, 0, row) for name, part, i in parts if i == str(n)} for n in layers)
-        return StatePlaces(single, (shifts[0], shifts[1]))
-
-    def outputs(self, row: int) -> Outputs:
-        """Tokens, logits and flags of the streams from ``row`` on."""
-        logits = self.logits + 4 * row * self._spec.vocab_size
-        return Outputs(self.tokens + 4 * row, logits, self.halted + 4 * row)
-
-    def drop_graphs(self, generation: int) -> None:
-        """Forget the graphs of kernels that are used no more."""
-        for graph in self.graphs.values():
-            graph.close()
-        self.graphs.clear()
-        self.generation = generation
-
-    def copy_from(self, other: CudaState) -> None:
-        """Take the state of ``other``, of as many streams."""
-        self._driver.copy(self.matrices, other.matrices, self._sizes[0])
-        self._driver.copy(self.shifts[self.side], other.shifts[other.side], self._sizes[1])
-
-
-def _release(
-    driver: Driver, pointers: Sequence[int], graphs: dict[tuple[int, Give | DrawKey | PieceKey], Graph]
-) -> None:
-    """Give back what a state held."""
-    for graph in graphs.values():
-        graph.close()
-    graphs.clear()
-    driver.free(*pointers)
 
 
 class CudaSession:
@@ -227,23 +148,25 @@ class CudaSession:
     def greedy(self, tokens: Sequence[int] | np.ndarray, state: CudaState, count: int) -> np.ndarray:
         """Feed ``tokens`` [B], then the largest logit's token, ``count`` times, without the host in between.
 
+        Vocabularies that the kernels do not draw from (`draws_on_device`) come through the host.
+
         Returns:
             The tokens chosen, [B, count] int64; the last of them has not been fed.
+
+        Raises:
+            InputError: a token outside the vocabulary.
+            SessionError: logits hold NaN or +inf.
         """
         array = checked_tokens(tokens, 1, state.batch, self.spec)
-        self.repay(state)
-        self._feed(array, state)
-        size = 4 * state.batch
-        history = self._driver.allocate(size * count)
-        try:
-            for i in range(count):
-                self._advance(state, "choice")
-                self._driver.copy(history + i * size, state.tokens, size)
-            chosen = np.empty((count, state.batch), np.int32)
-            self._driver.download(history, chosen)
-        finally:
-            self._driver.free(history)
-        return chosen.T.astype(np.int64)
+        largest = [Sampler(SamplerConfig(temperature=0)) for _ in range(state.batch)]
+        if draws_on_device(self.spec.vocab_size):
+            return self.sample(array, state, largest, count)
+        chosen = np.empty((state.batch, count), np.int64)
+        for i in range(count):
+            logits = self.step(array, state)
+            array = np.array([one.sample(row) for one, row in zip(largest, logits, strict=True)], np.int64)
+            chosen[:, i] = array
+        return chosen
 
     def sample(
         self,
@@ -269,7 +192,7 @@ class CudaSession:
 
         Raises:
             InputError: a token outside the vocabulary, or not a sampler for each stream.
-            SessionError: logits hold NaN, or the vocabulary is none of those that the kernels draw from.
+            SessionError: logits hold NaN or +inf, or the vocabulary is none of those that the kernels draw from.
         """
         array = checked_tokens(tokens, 1, state.batch, self.spec)
         own = checked_samplers(samplers, state.batch)
@@ -472,7 +395,3 @@ class CudaSession:
             kernels = self._kernels(batch, self._tuning)
             self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights.address, self._functions)
         return self._chains[batch]
-
-
-def _end(places: Mapping[str, tuple[int, int]]) -> int:
-    return max((offset + nbytes for offset, nbytes in places.values()), default=0)

@@ -21,7 +21,8 @@ from rwkv_edge.runtime.cuda_sampling import checked_token
 from rwkv_edge.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
-    from rwkv_edge.runtime.cuda import CudaSession, CudaState
+    from rwkv_edge.runtime.cuda import CudaSession
+    from rwkv_edge.runtime.cuda_state import CudaState
 
 LONGEST = 8  # steps of a flight; the first has one, every other twice as many as the one before
 assert 2 * LONGEST < RING

@@ -18,7 +18,7 @@ from rwkv_edge.runtime.session import chunk_plan
 from rwkv_edge.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from rwkv_edge.runtime.cuda import CudaState
+    from rwkv_edge.runtime.cuda_state import CudaState
 
 WIDE_VERSIONS: Final = ("7",)
 CHUNKS: Final = (512, 256, 128, 64, 32, 16, 8, 4, 2)

@@ -1,14 +1,16 @@
-// Greedy choice: the index of the largest of `best` [B, COUNT], the smallest index of equals. One block a stream.
+// Greedy choice: the index of the largest of `best` [B, COUNT], the smallest index of equals; 0 where none is above
+// -infinity, so that the next step has a token of the vocabulary. One block a stream.
 //
 // Further parameter: COUNT. tokens [B].
 #include "fused.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(const float* best, const int* best_at, int* tokens) {
+    constexpr int NOWHERE = 0x7fffffff;
     __shared__ float tops[WARPS];
     __shared__ int places[WARPS];
     wait_for_previous();
     float top = __int_as_float(0xff800000);  // -infinity
-    int top_at = 0x7fffffff;
+    int top_at = NOWHERE;
     auto larger = [&](float other, int other_at) {
         if (other > top || (other == top && other_at < top_at)) top = other, top_at = other_at;
     };
@@ -22,6 +24,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(const float* best, 
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int warp = 1; warp < WARPS; ++warp) larger(tops[warp], places[warp]);
-        tokens[blockIdx.x] = top_at;
+        tokens[blockIdx.x] = top_at == NOWHERE ? 0 : top_at;
     }
 }
