@@ -162,9 +162,11 @@ class Chat:
         draft = Draft(self._session, self._model.tokenizer, self.template.stops, state)
         sampler = self._sampler()
         ending: Ending = "interrupted"  # where the generator is closed
+        ends, most = self._model.tokenizer.eos_ids, self._max_tokens
+        steps = generate_step(self._session, sampler, state, [0], asked.logits, stop_tokens=ends, max_tokens=most)
         try:
-            for step in generate_step(self._session, sampler, state, [0], asked.logits):
-                if step.token in self._model.tokenizer.eos_ids:
+            for step in steps:
+                if step.token in ends:
                     draft.finish_step()
                     ending = "stop_token"
                     break
@@ -174,7 +176,7 @@ class Chat:
                 if draft.stopped:
                     ending = "stop_text"
                     break
-                if len(draft.tokens) == self._max_tokens:
+                if len(draft.tokens) == most:
                     ending = "length"
                     break
                 if stop():
