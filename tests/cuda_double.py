@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -64,7 +65,7 @@ class Driver:
 
     def memory(self, pointer: int, nbytes: int) -> np.ndarray:
         """A view; what lies outside an allocation is an error, as compute-sanitizer would say."""
-        blocks = self._blocks | self._pinned  # the device reaches both
+        blocks = self._blocks if pointer < self._end else self._pinned  # the device reaches both
         starts = sorted(blocks)
         start = starts[bisect.bisect_right(starts, pointer) - 1]
         assert start <= pointer, "an address that was never allocated"
@@ -73,7 +74,7 @@ class Driver:
 
     def view(self, pointer: int, shape: Sequence[int], dtype: str = "float32") -> np.ndarray:
         found = numpy_dtype(dtype)
-        return self.memory(pointer, int(np.prod(shape)) * found.itemsize).view(found).reshape(shape)
+        return self.memory(pointer, math.prod(shape) * found.itemsize).view(found).reshape(shape)
 
     def upload(self, array: np.ndarray, to: int) -> None:
         assert self.recording is None

@@ -5,6 +5,7 @@ A block's share of the work does not show here: the kernels' sums are the same i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Memory:
         return self.at(self.a.pointers.pop(0), kind, shape)
 
     def at(self, pointer: int, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        return self.a.driver.memory(pointer, int(np.prod(shape)) * kind.itemsize).view(kind).reshape(shape)
+        return self.a.driver.memory(pointer, math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
 
     def skip(self) -> int:
         return self.a.pointers.pop(0)

@@ -221,15 +221,14 @@ def test_settings_of_streams_differ(driver: Any) -> None:
 
 def test_shares_are_those_of_the_distribution(driver: Any) -> None:
     """χ² of 4,000 draws from eight tokens under top-p and temperature."""
-    logits = np.full((1, 1024), -30, np.float32)
-    logits[0, 100:108] = np.linspace(0, 2, 8)
-    config = SamplerConfig(seed=3, top_p=0.95, temperature=1.5)
-    rig = Rig(driver, 1, 1024, with_tops=False)
-    rig.start([Sampler(config)])
-    drawn = np.array([rig.draw(logits)[0] for _ in range(4000)])
+    logits = np.full((40, 128), -30, np.float32)
+    logits[:, 100:108] = np.linspace(0, 2, 8)
+    rig = Rig(driver, 40, 128, with_tops=False)
+    rig.start([Sampler(SamplerConfig(seed=seed, top_p=0.95, temperature=1.5)) for seed in range(40)])
+    drawn = np.array([rig.draw(logits) for _ in range(100)]).reshape(-1)
     kept = logits[0, 101:108].astype(np.float64)  # the first has less than 5 %
     expected = np.exp(kept / 1.5) / np.exp(kept / 1.5).sum() * len(drawn)
-    counts = np.bincount(drawn, minlength=1024)[101:108]
+    counts = np.bincount(drawn, minlength=128)[101:108]
     assert counts.sum() == len(drawn)
     assert ((counts - expected) ** 2 / expected).sum() < 22.5  # 6 degrees of freedom: one in a thousand seeds is above
 
@@ -259,8 +258,10 @@ def test_vocabularies_are_checked(vocabulary: int) -> None:
         Draws(cuda_double.Driver(), 1, vocabulary, {})
 
 
-def variants() -> list[FusedKernel]:
-    features = [Features(greedy, cut, adjust, adjust) for greedy in (0, 1) for cut in (0, 1) for adjust in (0, 1)]
+def variants(every: bool) -> list[FusedKernel]:
+    """Of the kernels: all, or those that do the most."""
+    chosen = [(greedy, cut, adjust) for greedy in (0, 1) for cut in (0, 1) for adjust in (0, 1)]
+    features = [Features(greedy, cut, adjust, adjust) for greedy, cut, adjust in (chosen if every else [(0, 1, 1)])]
     sets = [SamplingKernels(WORLD, 1, 1, f, tops) for f in features for tops in (0, 512)]
     return sorted({kernel for found in sets for kernel in found.all()}, key=lambda kernel: kernel.defines)
 
@@ -269,11 +270,11 @@ def variants() -> list[FusedKernel]:
 def test_all_compile(capability: int, nvrtc_architectures: tuple[int, ...]) -> None:
     if capability not in nvrtc_architectures:
         pytest.skip(f"this NVRTC does not know compute_{capability}")
-    for kernel in variants():
+    for kernel in variants(every=capability == 80):  # which spills first
         options = [*nvrtc.OPTIONS, *(f"-D{name}={value}" for name, value in kernel.defines)]
         arguments = [*options, f"--gpu-architecture=sm_{capability}", "--ptxas-options=-v"]
         _, log = nvrtc.compiled(kernel.source, arguments)
         assert "warning" not in log, log
         if "spill" in log:
             # a few words, by which it reaches a round number of registers
-            assert max(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) <= 32, log
+            assert max(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) <= 16, log

@@ -19,7 +19,8 @@ from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import InputError, SessionError
 from rwkv_edge.evaluation.demo import export_demo
 from rwkv_edge.plugins.fused_spec import FusedKernel
-from rwkv_edge.runtime.cuda import CudaSession, CudaState
+from rwkv_edge.runtime.cuda import CudaSession
+from rwkv_edge.runtime.cuda_state import CudaState
 from rwkv_edge.runtime.loop import generate_step, generate_text
 from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
 from rwkv_edge.runtime.session import open_session
@@ -139,6 +140,15 @@ def states_after_each(session: CudaSession, start: np.ndarray, drawn: np.ndarray
     return found
 
 
+def test_greedy_names_what_is_no_number(session: CudaSession) -> None:
+    """And feeds no token that is none: other streams and states go on."""
+    broken = session.initial_state(2)
+    session._driver.upload(np.full(64, np.nan, np.float32), broken.address("wkv.0", broken.side, row=1))
+    with pytest.raises(SessionError, match="but the model gave NaN"):
+        session.greedy([5, 6], broken, 9)
+    assert session.greedy([5], session.initial_state(), 3).min() >= 0
+
+
 def test_many_stop_tokens(session: CudaSession) -> None:
     drawn = session.sample([5], session.initial_state(), [sampler()], 9, range(256))
     assert (drawn[0, 0] >= 0, drawn[0, 1:].tolist()) == (True, [-1] * 8)
@@ -163,9 +173,14 @@ def test_steps_are_those_of_the_host(session: CudaSession, name: str) -> None:
     assert_samplers_agree(mine, host)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 16, 17, 33])
-@pytest.mark.parametrize("how", ["export", "copy", "step", "prefill", "greedy", "sample"])
-def test_the_state_is_that_of_the_tokens_handed_out(session: CudaSession, count: int, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [
+        *itertools.product(["export", "copy"], [1, 2, 3, 4, 5, 8, 9, 12, 17]),
+        *itertools.product(["step", "prefill", "greedy", "sample"], [3, 12]),
+    ],
+)  # flights have 1, 2, 4, 8, 8, … tokens
+def test_the_state_is_that_of_the_tokens_handed_out(session: CudaSession, how: str, count: int) -> None:
     """Whoever uses the state after ``count`` steps, and however: it has consumed all but the last token."""
     state = session.initial_state()
     steps = generate_step(session, sampler(), state, [5, 6, 7])
@@ -186,10 +201,10 @@ def test_the_state_is_that_of_the_tokens_handed_out(session: CudaSession, count:
 
 def test_copies_in_between_change_nothing(session: CudaSession) -> None:
     """Copies, exports and logits at every step: the tokens stay the same, and so does each of those."""
-    expected = on_the_host(session, sampler(), [5], 40)
+    expected = on_the_host(session, sampler(), [5], 26)
     state, steps = session.initial_state(), []
     copies = []
-    for i, step in enumerate(itertools.islice(generate_step(session, sampler(), state, [5]), 40)):
+    for i, step in enumerate(itertools.islice(generate_step(session, sampler(), state, [5]), 26)):
         steps.append(step.token)
         if i % 3 == 0:
             copies.append((len(steps) - 1, session.copy_state(state)))
@@ -341,7 +356,7 @@ def test_the_gpu_has_work_while_the_host_has_tokens(session: CudaSession) -> Non
     assert max(ahead) < 16
 
 
-@pytest.mark.parametrize("at", range(1, 40, 3))
+@pytest.mark.parametrize("at", range(1, 30, 4))
 def test_an_interrupted_step(session: CudaSession, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Ctrl-C while steps are enqueued: the state is that of the tokens handed out."""
     advance, calls = session._advance, itertools.count()
