@@ -149,6 +149,18 @@ def parity_gpu(f: Figures) -> Iterator[Line]:
         )
 
 
+def sampling_gpu(f: Figures) -> Iterator[Line]:
+    """What a draw costs, where all tokens were those of the host."""
+    kernels = f["kernels"]
+    if any(found["differ"] for found in kernels.values()):
+        return
+    words = []
+    for name, found in kernels.items():
+        low, high = sorted((found["sharp_us"], found["flat_us"]))
+        words.append(f"{name} {low:.1f}" + (f" to {high:.1f}" if high > 1.1 * low else "") + " µs")
+    yield f"drawing a token of 65,536, as the host's sampler does, {f['gpu']}", "; ".join(words)
+
+
 def wkv_gpu(f: Figures) -> Iterator[Line]:
     """The kernels of the recurrences."""
     copied = percent(f["v7_step_b64"]["share_of_copy"])
@@ -172,6 +184,7 @@ LINES: Mapping[str, Callable[[Figures], Iterator[Line]]] = {
     "step_gpu": step_gpu,
     "kernels_gpu": kernels_gpu,
     "parity_gpu": parity_gpu,
+    "sampling_gpu": sampling_gpu,
     "wkv_gpu": wkv_gpu,
 }
 """Result file → its lines in README; files that are absent are left out."""

@@ -108,6 +108,18 @@ def test_parity_on_a_gpu_is_shown_where_all_of_it_is_green() -> None:
     assert not list(figures.parity_gpu({"gpu": "G", "tokens": 256, "greedy_tokens": 1000, "demo": forms}))
 
 
+def test_sampling_on_a_gpu_is_shown_where_all_tokens_are_right() -> None:
+    kernels = {
+        "greedy": {"differ": 0, "sharp_us": 3.31, "flat_us": 3.29},
+        "top-p": {"differ": 0, "sharp_us": 9.0, "flat_us": 12.0},
+    }
+    assert list(figures.sampling_gpu({"gpu": "G", "kernels": kernels})) == [
+        ("drawing a token of 65,536, as the host's sampler does, G", "greedy 3.3 µs; top-p 9.0 to 12.0 µs")
+    ]
+    kernels["top-p"]["differ"] = 1
+    assert not list(figures.sampling_gpu({"gpu": "G", "kernels": kernels}))
+
+
 def test_schemes_of_quantization_have_a_table() -> None:
     row = {"tokens_per_second": 50.0, "ratio": 2.0, "weight_bytes": 10**8, "relative_error": 0.0123}
     found = {"quant_cpu": {"title": "T", "date": "D", "figures": {"fp32": row, "W8": row}}}
