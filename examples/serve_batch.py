@@ -3,6 +3,7 @@
     rwkv-edge export MODEL.pth -o ARTIFACT --batch dynamic
     python examples/serve_batch.py ARTIFACT 4 30 < prompts.txt
 
+Where our CUDA kernels run, an artifact of any batch serves: model.session is then a session of theirs.
 A stream that has ended makes room for the next prompt; no stream notices who else is in the batch.
 """
 

@@ -92,10 +92,11 @@ def multiply(a: Arguments, rows: int, one: dict[str, int]) -> None:
     x, matrix = read(one["input"], (rows, depth), a.act), matrix_of(a, one)[:, :columns]
     if finish == Finish.TO_FLOAT:
         share = rounded_up(rounded_up(depth, a.TILE_K) // a.TILE_K, a.SPLIT) // a.SPLIT * a.TILE_K
-        parts = [x[:, i * share : (i + 1) * share] @ matrix[i * share : (i + 1) * share] for i in range(a.SPLIT)]
+        ranges = [slice(i * share, (i + 1) * share) for i in range(a.SPLIT)]
+        parts = [row_by_row(x[:, inputs], matrix[inputs]) for inputs in ranges]
         return write(np.stack(parts))
     assert a.SPLIT == 1
-    y = x @ matrix
+    y = row_by_row(x, matrix)
     narrow = {
         Finish.TO_ACT: lambda: y, Finish.TO_TANH: lambda: np.tanh(y), Finish.TO_SIGMOID: lambda: sigmoid(y),
         Finish.TO_RELU_SQUARE: lambda: np.maximum(y, 0) ** 2,
@@ -109,6 +110,11 @@ def multiply(a: Arguments, rows: int, one: dict[str, int]) -> None:
         return write(sigmoid(y))
     own, first = read(one["output"], (rows, columns)), read(one["other"], (rows, columns))
     return write(own + (first - own) * sigmoid(y))
+
+
+def row_by_row(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The bits of a row depend on no other row, as on the GPU; a product of all would round them by their place."""
+    return np.stack([row @ matrix for row in np.ascontiguousarray(x)])
 
 
 def matrix_of(a: Arguments, one: dict[str, int]) -> np.ndarray:

@@ -21,6 +21,7 @@ from rwkv_edge.runtime.cuda_ahead import Ahead, Fetch, drawn_tokens
 from rwkv_edge.runtime.cuda_chain import Chain, Give, Launch
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
 from rwkv_edge.runtime.cuda_pieces import MOST_ROWS, Piece, Pieces
+from rwkv_edge.runtime.cuda_rows import StateRows
 from rwkv_edge.runtime.cuda_sampling import DrawKey, Draws, checked_samplers, draws_on_device, take_all
 from rwkv_edge.runtime.cuda_state import CudaState
 from rwkv_edge.runtime.cuda_tuning import keep_tuning, tuning_for
@@ -316,6 +317,21 @@ class CudaSession:
         """Enqueue one step and the choice of the next tokens."""
         self._advance(state, self.draws(state).key)
 
+    def rows(self, state: CudaState) -> StateRows:
+        """Its streams one by one."""
+        return StateRows(self._driver, self.spec, state)
+
+    def keeps_rows_apart(self, batch: int) -> bool:
+        """Whether the bits of a stream are the same whatever the others of so many are."""
+        return self._is_wide(batch) or not self._tuning.skip
+
+    def step_rows(self, tokens: np.ndarray, goes: np.ndarray, state: CudaState) -> np.ndarray:
+        """One token for each stream that goes, both [B]; the others stay as they are. Returns all logits [B, V]."""
+        self._driver.upload(np.where(goes, 0, 1).astype(np.int32), state.halted)
+        self._feed(tokens, state)
+        self._advance(state, "logits")
+        return self.logits(state)
+
     def resume(self, state: CudaState) -> None:
         """No stream is halted any more."""
         self._driver.upload(np.zeros(state.batch, np.int32), state.halted)
@@ -369,7 +385,7 @@ class CudaSession:
     def _captured(self, state: CudaState, give: Give | DrawKey) -> Graph:
         """The graph of a step from the side of the shifts that is current; capturing runs nothing."""
         groups: list[tuple[Chain | WideChain, list[Launch]]] = []
-        wide = self._pieces.runs and state.batch >= min(self._tuning.wide_from, MAX_BATCH + 1)
+        wide = self._is_wide(state.batch)
         wanted: Give = "logits" if isinstance(give, DrawKey) else give
         for row in range(0, state.batch, MOST_ROWS if wide else MAX_BATCH):
             batch, outputs = min(MOST_ROWS if wide else MAX_BATCH, state.batch - row), state.outputs(row)
@@ -385,6 +401,9 @@ class CudaSession:
             for chain, launches in groups:
                 chain.enqueue(launches)
         return graph
+
+    def _is_wide(self, batch: int) -> bool:
+        return self._pieces.runs and batch >= min(self._tuning.wide_from, MAX_BATCH + 1)
 
     def _kernels(self, batch: int, tuning: Tuning) -> Kernels:
         shared = self._driver.block_shared

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rwkv_edge.errors import InputError, SessionError, StateError
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.session import checked_tokens, named_from_stored, stored_from_named
+
+if TYPE_CHECKING:
+    from rwkv_edge.runtime.cuda import CudaSession
 
 PROBE_STEPS = 3  # from the second on, the recurrence reads a state that is not empty
 
@@ -40,18 +45,29 @@ class StatePool:
     They are not the bits of a session at batch 1, which differ in the last places. Where even the rows of a full pool
     differ (ReduceSum over heads whose size is no multiple of 4), streams step one by one.
 
+    Over our CUDA kernels a pool is a `rwkv_edge.runtime.cuda_pool.CudaStatePool`: every step runs all rows, and no
+    stream moves.
+
     One thread at a time may use a pool. The session stays open; it is the caller's.
 
     Attributes:
         capacity: the most streams that can be open.
     """
 
-    def __init__(self, session: OrtSession, capacity: int, exact: bool = True) -> None:
+    def __new__(cls, session: OrtSession | CudaSession, capacity: int, exact: bool = True) -> StatePool:
+        """The pool for a session's backend."""
+        from rwkv_edge.runtime.cuda import CudaSession
+        from rwkv_edge.runtime.cuda_pool import CudaStatePool
+
+        return super().__new__(CudaStatePool if isinstance(session, CudaSession) else cls)
+
+    def __init__(self, session: OrtSession | CudaSession, capacity: int, exact: bool = True) -> None:
         """Take the memory of all states.
 
         Args:
-            session: of an artifact that was exported with ``--batch dynamic``; on a CPU best opened with ``prepack``,
-                where lone streams mostly need no padding and steps of several are up to twice as fast.
+            session: of ONNX Runtime, of an artifact that was exported with ``--batch dynamic``, on a CPU best opened
+                with ``prepack``, where lone streams mostly need no padding and steps of several are up to twice as
+                fast; or of our CUDA kernels, of any artifact.
             capacity: the most streams that can be open.
             exact: pad few streams to more rows, for the same bits; else every stream is one row.
 
@@ -59,16 +75,17 @@ class StatePool:
             InputError: the artifact's batch is fixed, or the capacity is below 1.
             SessionError: a backend without rows.
         """
+        self._check_capacity(capacity)
         if not isinstance(session, OrtSession):
-            raise SessionError(f"a pool needs a session of ONNX Runtime, not {type(session).__name__}")
+            raise SessionError(
+                f"a pool needs a session of ONNX Runtime or of the backend 'cuda', not {type(session).__name__}"
+            )
         if session.spec.batch is not None:
             raise InputError(
                 f"a pool needs an artifact with a dynamic batch, but this one has batch {session.spec.batch}; "
                 "export it with --batch dynamic"
             )
-        if capacity < 1:
-            raise InputError(f"the capacity of a pool must be at least 1, not {capacity}")
-        self.capacity = capacity
+        self.capacity, self._spec = capacity, session.spec
         self._session = session
         self._state = session.initial_state(capacity)
         self._scratch = session.initial_state(1)
@@ -91,12 +108,12 @@ class StatePool:
             InputError: the pool is full.
             StateError: the state is of another model, holds NaN, or has several streams.
         """
-        stored = self._initial if arrays is None else stored_from_named(arrays, self._session.spec)
+        stored = self._initial if arrays is None else stored_from_named(arrays, self._spec)
         streams = len(next(iter(stored.values())))
         if streams != 1:
             raise StateError(f"a stream of a pool has a state of one stream, not of {streams}; open them one by one")
         stream = self._placed()
-        self._state.set_row(stream._row, stream._side, stored)
+        self._write(stream, stored)
         return stream
 
     def fork(self, stream: Stream) -> Stream:
@@ -137,17 +154,20 @@ class StatePool:
             self._check(stream)
         if not tokens:
             return {}
-        ids = checked_tokens(list(tokens.values()), 1, len(tokens), self._session.spec)
-        rows = self.rows(len(tokens))
+        ids = checked_tokens(list(tokens.values()), 1, len(tokens), self._spec)
+        return self._advance(list(tokens), ids)
+
+    def _advance(self, streams: Sequence[Stream], ids: NDArray[np.int64]) -> dict[Stream, NDArray[np.float32]]:
+        rows = self.rows(len(streams))
         if not rows:
-            return self._step_one_by_one(dict(zip(tokens, ids.tolist(), strict=True)))
-        self._gather(list(tokens), rows)
+            return self._step_one_by_one(dict(zip(streams, ids.tolist(), strict=True)))
+        self._gather(streams, rows)
         fed = np.zeros(rows, np.int64)
-        fed[[stream._row for stream in tokens]] = ids
+        fed[[stream._row for stream in streams]] = ids
         logits = self._session.step_rows(fed, self._state)
-        for stream in tokens:
+        for stream in streams:
             stream._side = self._state.current
-        return {stream: logits[stream._row] for stream in tokens}
+        return {stream: logits[stream._row] for stream in streams}
 
     def _step_one_by_one(self, tokens: Mapping[Stream, int]) -> dict[Stream, np.ndarray]:
         found, after = {}, {}
@@ -156,7 +176,7 @@ class StatePool:
             found[stream] = self._session.step([token], self._scratch)[0]
             after[stream] = {n: array.copy() for n, array in self._scratch.row(0, self._scratch.current).items()}
         for stream, stored in after.items():
-            self._state.set_row(stream._row, stream._side, stored)
+            self._write(stream, stored)
         return found
 
     def prefill(self, stream: Stream, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -167,8 +187,11 @@ class StatePool:
             SessionError: the backend failed; the stream has not advanced.
         """
         self._check(stream)
+        return self._prefill(stream, np.asarray(tokens)[None])
+
+    def _prefill(self, stream: Stream, tokens: np.ndarray) -> NDArray[np.float32]:
         self._scratch.copy_row(self._state, stream._row, stream._side, 0, self._scratch.current)
-        logits: np.ndarray = self._session.prefill(np.asarray(tokens)[None], self._scratch)[0]
+        logits: NDArray[np.float32] = self._session.prefill(tokens, self._scratch)[0]
         self._state.copy_row(self._scratch, 0, self._scratch.current, stream._row, stream._side)
         return logits
 
@@ -179,7 +202,7 @@ class StatePool:
             InputError: it is closed or of another pool.
         """
         self._check(stream)
-        return named_from_stored(self._state.row(stream._row, stream._side), self._session.spec)
+        return named_from_stored(self._read(stream), self._spec)
 
     def rows(self, streams: int) -> int:
         """Rows that a step of so many streams runs: the fewest that give each the bits of a full pool.
@@ -206,6 +229,22 @@ class StatePool:
             digest.update(content[0].data)
         return digest.hexdigest()
 
+    @staticmethod
+    def _check_capacity(capacity: int) -> None:
+        if capacity < 1:
+            raise InputError(f"the capacity of a pool must be at least 1, not {capacity}")
+
+    @property
+    def _side(self) -> int:
+        """Of a new stream."""
+        return self._state.current
+
+    def _read(self, stream: Stream) -> Mapping[str, np.ndarray]:
+        return self._state.row(stream._row, stream._side)
+
+    def _write(self, stream: Stream, stored: Mapping[str, np.ndarray]) -> None:
+        self._state.set_row(stream._row, stream._side, stored)
+
     def _check(self, stream: Stream) -> None:
         if not isinstance(stream, Stream):
             raise InputError(f"a stream is what StatePool.open returns, not {type(stream).__name__}")
@@ -218,7 +257,7 @@ class StatePool:
         """A new stream in the first free row, its state not yet written."""
         if len(self) == self.capacity:
             raise InputError(f"the pool is full: {self.capacity} streams are open; close one, or make a larger pool")
-        stream = Stream(self, self._at.index(None), self._state.current)
+        stream = Stream(self, self._at.index(None), self._side)
         self._at[stream._row] = stream
         return stream
 
