@@ -161,6 +161,16 @@ def sampling_gpu(f: Figures) -> Iterator[Line]:
     yield f"drawing a token of 65,536, as the host's sampler does, {f['gpu']}", "; ".join(words)
 
 
+def wide_gpu(f: Figures) -> Iterator[Line]:
+    """Prompts and many streams on a GPU; a figure stands only where parity was green."""
+    for model, found in f.items():
+        if not isinstance(found, dict):
+            continue
+        parts = [f"a prompt of 512 tokens {found['prompt']['512']:,.0f} tokens/s"]
+        parts += [f"{n} streams {found['streams'][n]:,.0f} tokens/s" for n in ("16", "64") if n in found["streams"]]
+        yield f"RWKV-7 {model}, all rows at once through tensor cores, {f['gpu']}", "; ".join(parts)
+
+
 def wkv_gpu(f: Figures) -> Iterator[Line]:
     """The kernels of the recurrences."""
     copied = percent(f["v7_step_b64"]["share_of_copy"])
@@ -185,6 +195,7 @@ LINES: Mapping[str, Callable[[Figures], Iterator[Line]]] = {
     "kernels_gpu": kernels_gpu,
     "parity_gpu": parity_gpu,
     "sampling_gpu": sampling_gpu,
+    "wide_gpu": wide_gpu,
     "wkv_gpu": wkv_gpu,
 }
 """Result file → its lines in README; files that are absent are left out."""

@@ -28,7 +28,7 @@ from rwkv_edge.runtime.cuda import CudaSession
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = (
     "albatross", "common", "kernels_gpu", "parity_gpu", "step_gpu", "step_gpu_engines", "step_gpu_models",
-    "versions_gpu",
+    "versions_gpu", "wide_gpu",
 )  # fmt: skip
 SMALL = {"CALLS": 2, "FED_BACK": 2, "STREAM_STEPS": 1, "PROMPT": 20, "PROMPTS": 1, "STREAMS": 9}
 
@@ -140,6 +140,20 @@ def test_versions_gpu(run: Run, scripts: dict[str, ModuleType], monkeypatch: pyt
     assert list(found) == ["copy_gb_s", "tiny fp16", "tiny W8", "tiny W4"]
     assert found["tiny fp16"]["limit_us"] > found["tiny W8"]["limit_us"] > found["tiny W4"]["limit_us"]
     assert all(found[name]["step_us"] > 0 for name in list(found)[1:])
+
+
+def test_wide_gpu(run: Run, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float and quantized weights: prompts, streams, few of them either way, and kernels whose shares fill a layer."""
+    small = {"PROMPTS": (20,), "BATCHES": (8, 9), "FEW": (2,), "PROFILED": {"prompt of 8": (1, 8), "9 streams": (9, 1)}}
+    for name, value in small.items():
+        monkeypatch.setattr(scripts["wide_gpu"], name, value)
+    figures = run("wide_gpu", "--sizes", "tiny", "--forms", "fp16", "W8", "W4", "--kernels", "--few", "--runs", "1")
+    for form in ("fp16", "W8", "W4"):
+        found = figures[f"tiny {form}"]
+        assert max(found["parity"].values()) <= 5e-3
+        assert (set(found["prompt"]), set(found["streams"]), set(found["few"])) == ({"20"}, {"8", "9"}, {"2"})
+        for kernels in found["kernels"].values():
+            assert sum(kernel["share"] for kernel in kernels.values()) == pytest.approx(1)
 
 
 def test_kernels_gpu(run: Run, scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
