@@ -16,6 +16,7 @@ from rwkv_edge.calibration.quantize import QuantizeOptions, quantize_artifact
 from rwkv_edge.calibration.rounding import Rounded, rounded
 from rwkv_edge.calibration.schemes import SchemeOptions
 from rwkv_edge.calibration.source import FloatWeights
+from rwkv_edge.runtime.ort_graph import saturates
 
 
 def stored(folder: Path) -> dict[str, np.ndarray]:
@@ -56,6 +57,8 @@ def products(folder: Path, cut: str) -> list[tuple[str, np.ndarray, np.ndarray]]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(taps - known))
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if saturates(model.SerializeToString()):
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feeds = {"token": np.array([65])}
     random = np.random.default_rng(3)
