@@ -31,7 +31,7 @@ from rwkv_edge.artifact import Artifact
 from rwkv_edge.evaluation.roofline import read_bandwidth, usable_cores
 from rwkv_edge.exporters.layout import INDEX_FILE
 from rwkv_edge.runtime.cuda import CudaSession
-from rwkv_edge.runtime.cuda_chain import Launch
+from rwkv_edge.runtime.cuda_launch import Launch
 from rwkv_edge.runtime.cuda_state import CudaState
 
 LAYER = ("time_mix_in", "wkv", "time_mix_out", "channel_mix_in", "channel_mix_out")
@@ -123,8 +123,7 @@ class Step:
 
     def seconds(self, launches: Sequence[Launch], runs: int) -> float:
         """Of these kernels in a row, by a graph of them."""
-        with self._driver.capture() as graph:
-            self._chain.enqueue(list(launches))
+        graph = self._session._loaded.captured([launches])
 
         def measured(count: int) -> float:
             def work() -> None:
@@ -177,9 +176,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def launch_steps(folder: Path) -> None:
     """Some steps without a graph, so that a profiler sees every kernel."""
     session = CudaSession(Artifact.open(folder), check_content=False)
-    step, chain = Step(session, folder), session._chain(1)
+    step = Step(session, folder)
     for _ in range(NCU_STEPS):
-        chain.enqueue(step.launches)
+        session._loaded.enqueue(step.launches)
     session.close()
 
 

@@ -20,8 +20,9 @@ from common import arguments, report
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.plugins.fused_spec import FusedKernel
 from rwkv_edge.runtime.cuda import CudaSession
-from rwkv_edge.runtime.cuda_chain import Launch, Outputs
+from rwkv_edge.runtime.cuda_chain import Outputs
 from rwkv_edge.runtime.cuda_driver import Driver
+from rwkv_edge.runtime.cuda_launch import Launch, Loaded
 from rwkv_edge.runtime.cuda_sampling import Draws
 from rwkv_edge.runtime.loop import generate_step
 from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
@@ -46,13 +47,16 @@ class Streams:
     """Some streams whose logits are uploaded; the largest of each tile come along, as the head leaves them."""
 
     def __init__(self, driver: Driver, batch: int) -> None:
-        self.driver, self.batch, self.draws = driver, batch, Draws(driver, batch, VOCABULARY, {})
+        self.driver, self.batch, self.draws = driver, batch, Draws(driver, batch, VOCABULARY)
+        self.loaded = Loaded(driver)
         tops = VOCABULARY // TILE
         sizes = {"logits": VOCABULARY, "best": tops, "best_at": tops, "tokens": 1, "halted": 1}
         self.at = {name: driver.allocate(4 * batch * size) for name, size in sizes.items()}
         names = ("logits", "best", "best_at")
         self.head = Launch(
-            FusedKernel("head", "head.cu", (), (), names, (tops, 1, 1), 256), None, tuple(self.at[n] for n in names)
+            FusedKernel("head", "head.cu", (), (), names, (tops, 1, 1), 256),
+            tuple(self.at[n] for n in names),
+            (tops, 1, 1),
         )
 
     def start(self, samplers: Sequence[Sampler]) -> None:
@@ -69,23 +73,14 @@ class Streams:
         self.driver.upload(np.ascontiguousarray(tiles.max(2)), self.at["best"])
         self.driver.upload((tiles.argmax(2) + first).astype(np.int32), self.at["best_at"])
 
-    def enqueue(self, early: bool = False) -> None:
-        """One draw; ``early`` where a kernel of this chain is ahead of it."""
-        for launch in self.launches:
-            kernel = launch.kernel
-            self.driver.launch(launch.function, kernel.grid, kernel.threads, 0, launch.pointers, early)
-            early = True
-
     def draw(self) -> list[int]:
         """The tokens of one draw."""
-        (turn,) = self.draws.enqueue(1, self.enqueue)
+        (turn,) = self.draws.enqueue(1, lambda: self.loaded.enqueue(self.launches))
         return [int(token) for token in self.draws.tokens(turn)]
 
     def microseconds(self, runs: int) -> float:
         """Of one draw among many in a graph, median."""
-        with self.driver.capture() as graph:
-            for i in range(REPEATED):
-                self.enqueue(early=i > 0)
+        graph = self.loaded.captured([self.launches * REPEATED])
         graph.launch()
         found = [self.driver.elapsed_ms(graph.launch) * 1e3 / REPEATED for _ in range(runs)]
         graph.close()

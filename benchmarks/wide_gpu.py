@@ -23,7 +23,7 @@ from step_gpu_models import FLOAT, SCHEMES, SHAPES, float_artifact, quantized_ar
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions
 from rwkv_edge.runtime.cuda import CudaSession
-from rwkv_edge.runtime.cuda_chain import Launch
+from rwkv_edge.runtime.cuda_launch import Launch
 from rwkv_edge.runtime.cuda_wide import Rows
 
 OFFICIAL = ("0.1B", "0.4B", "1.5B", "2.9B")
@@ -153,11 +153,7 @@ def kernels_of(session: CudaSession, batch: int, tokens: int) -> dict[str, dict[
 def launch_seconds(session: CudaSession, launches: Sequence[Launch]) -> float:
     """Of one of the launches, in a graph of several rounds of all of them."""
     driver = session._driver
-    with driver.capture() as graph:
-        for _ in range(ROUNDS):
-            for launch in launches:
-                kernel = launch.kernel
-                driver.launch(launch.function, kernel.grid, kernel.threads, kernel.shared, launch.pointers, early=False)
+    graph = session._loaded.captured([[launch] for _ in range(ROUNDS) for launch in launches])
     graph.launch()
     seconds = min(driver.elapsed_ms(graph.launch) for _ in range(5)) / 1e3
     graph.close()

@@ -5,16 +5,19 @@ Exit codes: 0 done; 1 the work failed, or a check did not pass; 2 an argument th
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TextIO
 
 import click
 
-from rwkv_edge.cli.common import printable
+from rwkv_edge.cli.common import note, printable
 from rwkv_edge.errors import RwkvEdgeError
 
 MESSAGE_CHARACTERS = 1000
@@ -97,7 +100,7 @@ def run(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding, a path that is not UTF-8
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _noted():
             warnings.showwarning = _warned
             code = cli.main(args=arguments, prog_name="rwkv-edge", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):  # click's name for Ctrl-C, and Ctrl-C around click
@@ -127,6 +130,30 @@ def _warned(
 ) -> None:
     """One line, without the place in the source that Python would tell (the parameters of `warnings.showwarning`)."""
     click.echo(printable(f"Warning: {message}"), err=True)
+
+
+class _Notes(logging.Handler):
+    """What the library tells whoever waits."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line, unless --quiet."""
+        note(printable(record.getMessage()))
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    """The library's log as notes, for as long as a command runs."""
+    logger, notes = logging.getLogger("rwkv_edge"), _Notes()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 def _failed(message: str, code: int) -> int:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import InputError, SessionError
 from rwkv_edge.plugins.fused import Kernels
-from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, FusedKernel, Tuning
+from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, Tuning
 from rwkv_edge.plugins.fused_versions import KERNELS
 from rwkv_edge.runtime.cuda_ahead import Ahead, Fetch, drawn_tokens
-from rwkv_edge.runtime.cuda_chain import Chain, Give, Launch
+from rwkv_edge.runtime.cuda_chain import Chain, Give
 from rwkv_edge.runtime.cuda_driver import Driver, Graph
+from rwkv_edge.runtime.cuda_launch import Launch, Loaded
 from rwkv_edge.runtime.cuda_pieces import MOST_ROWS, Piece, Pieces
 from rwkv_edge.runtime.cuda_rows import StateRows
 from rwkv_edge.runtime.cuda_sampling import DrawKey, Draws, checked_samplers, draws_on_device, take_all
@@ -87,8 +87,9 @@ class CudaSession:
         self._weights = load_weights(self._driver, artifact.path)
         self._tuning = tuning or tuning_for(self._driver.name, self._dimensions, self._weights.stored)
         self._chains: dict[int, Chain] = {}
-        self._functions: dict[FusedKernel, Any] = {}
-        self._pieces = Pieces(self._driver, self.spec, self._dimensions, self._weights, self._functions)
+        self._loaded = Loaded(self._driver)
+        self._pieces = Pieces(self._driver, self.spec, self._dimensions, self._weights, self._loaded)
+        self._work: CudaState | None = None
         self._generation = 0
 
     @property
@@ -119,31 +120,34 @@ class CudaSession:
         self, tokens: Sequence[Sequence[int]] | np.ndarray, state: CudaState, watch: Watch | None = None
     ) -> np.ndarray:
         """Chunks through the wide kernels; the head is computed for the last token, or for the last of each chunk where
-        they are watched."""
+        they are watched. A state that an exception of ``watch`` leaves behind stands at the chunk before."""
         array = checked_tokens(tokens, 2, state.batch, self.spec)
-        self.repay(state)
+        work = self._borrowed(state)
         at, count = 0, array.shape[1]
         with self._pieces.uploaded(array) as pieces:
             for piece in pieces:
                 at += piece.tokens
                 wanted = piece.ends_chunk and (watch is not None or at == count)
-                self._feed_piece(piece, state, "logits" if wanted else "state")
+                self._feed_piece(piece, work, "logits" if wanted else "state")
                 if wanted and watch is not None:
-                    watch(at, self.logits(state))
-        return self.logits(state)
+                    self._give_back(work, state)
+                    watch(at, self.logits(work))
+        self._give_back(work, state)
+        return self.logits(work)
 
     def score(self, tokens: Sequence[Sequence[int]] | np.ndarray, state: CudaState) -> np.ndarray:
         """Chunks through the wide kernels."""
         array = checked_tokens(tokens, 2, state.batch, self.spec)
-        self.repay(state)
+        work = self._borrowed(state)
         logits = np.empty((*array.shape, self.spec.vocab_size), np.float32)
         at = 0
         with self._pieces.uploaded(array) as pieces:
             for piece in pieces:
-                chain = self._feed_piece(piece, state, "logits" if piece.tokens == 1 else "state")
-                found = self.logits(state)[:, None] if chain is None else self._pieces.scored(chain, piece, state.batch)
+                chain = self._feed_piece(piece, work, "logits" if piece.tokens == 1 else "state")
+                found = self.logits(work)[:, None] if chain is None else self._pieces.scored(chain, piece, work.batch)
                 logits[:, at : at + piece.tokens] = found
                 at += piece.tokens
+        self._give_back(work, state)
         return logits
 
     def greedy(self, tokens: Sequence[int] | np.ndarray, state: CudaState, count: int) -> np.ndarray:
@@ -286,6 +290,7 @@ class CudaSession:
         for chain in self._chains.values():
             chain.close()
         self._chains.clear()
+        self._work = None
         self._pieces.close()
         self._driver.free(self._weights.memory)
         self._driver.close()
@@ -310,7 +315,7 @@ class CudaSession:
             SessionError: the kernels do not draw from such a vocabulary.
         """
         if state.draws is None:
-            state.draws = Draws(self._driver, state.batch, self.spec.vocab_size, self._functions)
+            state.draws = Draws(self._driver, state.batch, self.spec.vocab_size)
         return state.draws
 
     def draw(self, state: CudaState) -> None:
@@ -357,6 +362,26 @@ class CudaSession:
         self._driver.download(state.logits, logits)
         return logits
 
+    def _borrowed(self, state: CudaState) -> CudaState:
+        """A state of the session's own with the values of this one: its graphs are there when a new prompt comes.
+
+        Large batches are not worth the copies and the memory: they keep their own.
+        """
+        self.repay(state)
+        if state.batch > MAX_BATCH:
+            return state
+        if self._work is None or self._work.batch != state.batch:
+            self._work = self.empty_state(state.batch)
+        self._work.side = 0
+        self._work.copy_from(state)
+        self._driver.copy(self._work.halted, state.halted, 4 * state.batch)
+        return self._work
+
+    def _give_back(self, work: CudaState, state: CudaState) -> None:
+        """What has become of a state's values."""
+        if work is not state:
+            state.copy_from(work)
+
     def _feed_piece(self, piece: Piece, state: CudaState, give: Give) -> WideChain | None:
         """Enqueue tokens of all streams; returns the chain that they went through, None for a single step."""
         if piece.tokens == 1:
@@ -364,7 +389,7 @@ class CudaSession:
             self._advance(state, give)
             return None
         self._renew_graphs(state)
-        chain = self._pieces.enqueue(piece, state)
+        chain = self._pieces.enqueue(piece, state, lasts=state is self._work)
         if give == "logits":
             self._pieces.give_last(chain, piece, state)
         return chain
@@ -384,7 +409,7 @@ class CudaSession:
 
     def _captured(self, state: CudaState, give: Give | DrawKey) -> Graph:
         """The graph of a step from the side of the shifts that is current; capturing runs nothing."""
-        groups: list[tuple[Chain | WideChain, list[Launch]]] = []
+        groups: list[list[Launch]] = []
         wide = self._is_wide(state.batch)
         wanted: Give = "logits" if isinstance(give, DrawKey) else give
         for row in range(0, state.batch, MOST_ROWS if wide else MAX_BATCH):
@@ -396,11 +421,8 @@ class CudaSession:
                 launches = chain.launches(state.places(row), state.side, outputs, wanted)
             if isinstance(give, DrawKey):
                 launches += self.draws(state).launches(row, batch, launches[-1], outputs)
-            groups.append((chain, launches))
-        with self._driver.capture() as graph:
-            for chain, launches in groups:
-                chain.enqueue(launches)
-        return graph
+            groups.append(launches)
+        return self._loaded.captured(groups)
 
     def _is_wide(self, batch: int) -> bool:
         return self._pieces.runs and batch >= min(self._tuning.wide_from, MAX_BATCH + 1)
@@ -412,5 +434,5 @@ class CudaSession:
     def _chain(self, batch: int) -> Chain:
         if batch not in self._chains:
             kernels = self._kernels(batch, self._tuning)
-            self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights.address, self._functions)
+            self._chains[batch] = Chain(self._driver, self.spec, kernels, self._weights.address)
         return self._chains[batch]

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from rwkv_edge.plugins.fused import Kernels
 from rwkv_edge.plugins.fused_spec import FusedKernel
 from rwkv_edge.runtime.cuda_driver import Driver
+from rwkv_edge.runtime.cuda_launch import Launch
 from rwkv_edge.spec import ITEM_SIZE, ModelSpec
 
 FLOAT = 4  # bytes
 
 Part = Literal["att", "ffn"]
+PARTS: tuple[Part, ...] = ("att", "ffn")
 Give = Literal["state", "logits", "choice"]
 """What a step computes: the new state alone, the logits too, or also the greedy choice, which is the next token."""
 
@@ -52,13 +54,17 @@ class Outputs:
     halted: int
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with its arguments."""
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A launch whose arguments are addresses, or names of what differs between states and sides."""
 
     kernel: FusedKernel
-    function: Any
-    pointers: tuple[int, ...]
+    arguments: tuple[int | str, ...]
+
+    def at(self, places: Mapping[str, int]) -> Launch:
+        """The launch with these addresses."""
+        pointers = tuple(places[at] if isinstance(at, str) else at for at in self.arguments)
+        return Launch(self.kernel, pointers, self.kernel.grid)
 
 
 @dataclass
@@ -89,19 +95,17 @@ class Chain:
         spec: ModelSpec,
         kernels: Kernels,
         weights: Mapping[str, int],
-        functions: dict[FusedKernel, Any],
     ) -> None:
-        """Compile the kernels and allocate the buffers.
+        """Allocate the buffers; kernels are compiled when they are first launched.
 
         Args:
             driver: the GPU.
             spec: of the model.
             kernels: its kernels.
             weights: `Weights.address` of `rwkv_edge.runtime.cuda_weights`.
-            functions: kernels that are loaded already; those of this chain are added.
         """
         self._driver, self._spec, self._kernels, self._weights = driver, spec, kernels, weights
-        self._functions = functions
+        self._plans: dict[tuple[int, Part], list[Planned]] = {}
         self._buffers = Buffers(driver)
         for name, floats in kernels.buffers().items():
             self._buffers.add(name, floats * kernels.batch)
@@ -117,24 +121,23 @@ class Chain:
         """
         found: list[Launch] = []
         for layer in range(self._spec.n_layer):
-            found += self._half(layer, "att", state, side, outputs)
-            found += self._half(layer, "ffn", state, side, outputs)
+            for second, part in enumerate(PARTS):
+                if (layer, part) not in self._plans:
+                    self._plans[layer, part] = self._half(layer, part)
+                places = {
+                    **state.single[layer], "tokens": outputs.tokens, "halted": outputs.halted,
+                    "shift": state.shifts[side][layer][second], "shift.out": state.shifts[1 - side][layer][second],
+                }  # fmt: skip
+                found += [planned.at(places) for planned in self._plans[layer, part]]
         if give != "state":
             buffers = self._buffers.by_name
             places = {**buffers, "stream": buffers["stream.0"], "logits": outputs.logits}
             places |= {name: self._weights[name] for name in ("ln_out.weight", "ln_out.bias", "head", "head.scale")}
-            found.append(self._launch(self._kernels.head(), places, places))
+            found.append(self._planned(self._kernels.head(), places, places).at(places))
         if give == "choice":
-            found.append(self._launch(self._kernels.argmax(), self._buffers.by_name, {"tokens": outputs.tokens}))
+            places = {**self._buffers.by_name, "tokens": outputs.tokens}
+            found.append(self._planned(self._kernels.argmax(), places, places).at(places))
         return found
-
-    def enqueue(self, launches: list[Launch]) -> None:
-        """Put kernels on the stream. The first waits for all that is ahead; the others may overlap the one ahead."""
-        for index, launch in enumerate(launches):
-            kernel = launch.kernel
-            self._driver.launch(
-                launch.function, kernel.grid, kernel.threads, kernel.shared, launch.pointers, early=index > 0
-            )
 
     def fill_with_nan(self) -> None:
         """What a test does to find out whether a kernel reads what none has written."""
@@ -145,19 +148,17 @@ class Chain:
         """Give the buffers back."""
         self._buffers.close()
 
-    def _half(self, layer: int, part: Part, state: StatePlaces, side: int, outputs: Outputs) -> list[Launch]:
+    def _half(self, layer: int, part: Part) -> list[Planned]:
         """A half of a layer. Weights and buffers share no name: the checkpoint's are called value, key, receptance."""
         buffers, second = self._buffers.by_name, part == "ffn"
-        shared = {**buffers, **state.single[layer]}
         inputs = {
-            **shared, **self._named(f"blocks.{layer}.{part}."), **self._norm(f"blocks.{layer}.ln{1 + second}"),
-            "tokens": outputs.tokens, "emb": self._weights["emb"], "emb.scale": self._weights["emb.scale"],
-            "halted": outputs.halted, "stream": buffers[f"stream.{int(second)}"],
-            "shift": state.shifts[side][layer][second],
+            **buffers, **self._named(f"blocks.{layer}.{part}."), **self._norm(f"blocks.{layer}.ln{1 + second}"),
+            "emb": self._weights["emb"], "emb.scale": self._weights["emb.scale"],
+            "stream": buffers[f"stream.{int(second)}"],
         }  # fmt: skip
-        given = {**shared, "stream": buffers[f"stream.{1 - second}"], "shift": state.shifts[1 - side][layer][second]}
+        given = {**buffers, "stream": buffers[f"stream.{1 - second}"]}
         kernels = self._kernels.channel_mix(layer) if second else self._kernels.time_mix(layer)
-        return [self._launch(kernel, inputs, given) for kernel in kernels]
+        return [self._planned(kernel, inputs, given) for kernel in kernels]
 
     def _named(self, prefix: str) -> dict[str, int]:
         """Weights of a part of a layer by what follows ``prefix``; rows of stacked coefficients by their own names."""
@@ -170,12 +171,11 @@ class Chain:
     def _norm(self, name: str) -> dict[str, int]:
         return {f"ln.{part}": self._weights[f"{name}.{part}"] for part in ("weight", "bias")}
 
-    def _launch(self, kernel: FusedKernel, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> Launch:
-        if kernel not in self._functions:
-            ptx = kernel.ptx(self._driver.capability)
-            self._functions[kernel] = self._driver.function(ptx, kernel.name, kernel.shared)
-        pointers = (*(inputs[name] for name in kernel.inputs), *(outputs[name] for name in kernel.outputs))
-        return Launch(kernel, self._functions[kernel], pointers)
+    def _planned(self, kernel: FusedKernel, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> Planned:
+        """A kernel; arguments that have no address here are the state's, or what a step reads and gives."""
+        read = [inputs.get(name, name) for name in kernel.inputs]
+        written = [outputs.get(name, "shift.out" if name == "shift" else name) for name in kernel.outputs]
+        return Planned(kernel, (*read, *written))
 
 
 def state_layout(spec: ModelSpec, batch: int) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:

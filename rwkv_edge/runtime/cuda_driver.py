@@ -48,6 +48,7 @@ class Driver:
         self.multiprocessors = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.name = self._call("cuDeviceGetName", 96, self._device).decode().partition("\0")[0]
         self._stream = self._call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._configs = self._launch_config(early=False), self._launch_config(early=True)
         self._modules: list[Any] = []
         self._memory: set[int] = set()
         self._pinned: set[int] = set()
@@ -169,15 +170,9 @@ class Driver:
             pointers: arguments.
             early: it may start before the kernel ahead of it has ended, and waits for that itself.
         """
-        config = self._api.CUlaunchConfig()
+        config = self._configs[early and self.capability >= PROGRAMMATIC_LAUNCH]
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes, config.hStream = shared, self._stream
-        if early and self.capability >= PROGRAMMATIC_LAUNCH:
-            attribute = self._api.CUlaunchAttribute()
-            attribute.id = self._api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+        config.blockDimX, config.sharedMemBytes = threads, shared
         values = tuple(pointers), (ctypes.c_void_p,) * len(pointers)
         self._call("cuLaunchKernelEx", config, function, values, 0)
 
@@ -230,6 +225,17 @@ class Driver:
         self._modules.clear()
         self._call("cuStreamDestroy", self._stream)
         self._call("cuDevicePrimaryCtxRelease", self._device)
+
+    def _launch_config(self, early: bool) -> Any:
+        """What launches have in common; making one takes longer than a launch."""
+        config = self._api.CUlaunchConfig()
+        config.blockDimY, config.blockDimZ, config.hStream = 1, 1, self._stream
+        if early:
+            attribute = self._api.CUlaunchAttribute()
+            attribute.id = self._api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def _attribute(self, attribute: Any) -> int:
         return int(self._call("cuDeviceGetAttribute", attribute, self._device))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from rwkv_edge.plugins.fused_spec import Dimensions, FusedKernel, Tuning
+from rwkv_edge.plugins.fused_spec import Dimensions, Tuning
 from rwkv_edge.plugins.fused_v7 import Kernels7
 from rwkv_edge.runtime.cuda_driver import Driver
+from rwkv_edge.runtime.cuda_launch import Loaded
 from rwkv_edge.runtime.cuda_weights import Weights
 from rwkv_edge.runtime.cuda_wide import Rows, WideChain
 from rwkv_edge.runtime.session import chunk_plan
@@ -64,11 +65,11 @@ class Pieces:
         spec: ModelSpec,
         dimensions: Dimensions,
         weights: Weights,
-        functions: dict[FusedKernel, Any],
+        loaded: Loaded,
     ) -> None:
         """Nothing is allocated yet; see `WideChain` for the arguments."""
         self._driver, self._spec, self._dimensions, self._weights = driver, spec, dimensions, weights
-        self._functions = functions
+        self._loaded = loaded
         self._chains: dict[int, WideChain] = {}
         self.runs = spec.version in WIDE_VERSIONS and not spec.rescale
 
@@ -111,13 +112,11 @@ class Pieces:
             size *= 2
         if size not in self._chains:
             Kernels7(self._dimensions, 1, Tuning(), self._weights.stored)  # refuses integers that no kernel takes
-            self._chains[size] = WideChain(
-                self._driver, self._spec, self._dimensions, self._weights, size, self._functions
-            )
+            self._chains[size] = WideChain(self._driver, self._spec, self._dimensions, self._weights, size)
         return self._chains[size]
 
-    def enqueue(self, piece: Piece, state: CudaState) -> WideChain:
-        """Advance a state; the first time without a graph, since many states see a length only once."""
+    def enqueue(self, piece: Piece, state: CudaState, lasts: bool) -> WideChain:
+        """Advance a state; one that does not last has no graph the first time: it may never see the length again."""
         chain = self.chain(state.batch * piece.tokens)
         self._driver.copy(chain.ids, piece.ids, TOKEN * state.batch * piece.tokens)
         key = (state.side, PieceKey(piece.tokens))
@@ -125,24 +124,25 @@ class Pieces:
             state.graphs[key].launch()
         else:
             rows = Rows(state.batch, piece.tokens, chain.ids, state.places(0), state.side, state.halted)
-            self._run_or_capture(chain, rows, key, state)
+            self._run_or_capture(chain, rows, key, state, lasts)
         state.side = 1 - state.side
         return chain
 
-    def _run_or_capture(self, chain: WideChain, rows: Rows, key: tuple[int, PieceKey], state: CudaState) -> None:
+    def _run_or_capture(
+        self, chain: WideChain, rows: Rows, key: tuple[int, PieceKey], state: CudaState, lasts: bool
+    ) -> None:
         launches = chain.launches(rows)
-        if key not in state.ran:
+        if not lasts and key not in state.ran:
             state.ran.add(key)
-            chain.enqueue(launches)
+            self._loaded.enqueue(launches)
             return
-        with self._driver.capture() as graph:
-            chain.enqueue(launches)
-        state.graphs[key] = graph
-        graph.launch()
+        state.graphs[key] = self._loaded.captured([launches])
+        state.graphs[key].launch()
 
     def give_last(self, chain: WideChain, piece: Piece, state: CudaState) -> None:
         """Enqueue the logits of the last tokens that `enqueue` has fed."""
-        chain.enqueue([chain.last_norm(state.batch, piece.tokens, 1), chain.head(0, state.batch, state.logits)])
+        launches = [chain.last_norm(state.batch, piece.tokens, 1), chain.head(0, state.batch, state.logits)]
+        self._loaded.enqueue(launches)
 
     def scored(self, chain: WideChain, piece: Piece, batch: int) -> np.ndarray:
         """Logits [B, T, V] of all tokens that `enqueue` has fed."""
@@ -150,10 +150,10 @@ class Pieces:
         found = np.empty((rows, self._spec.vocab_size), np.float32)
         scratch = self._driver.allocate(found[:SCORED_ROWS].nbytes)
         try:
-            chain.enqueue([chain.last_norm(batch, piece.tokens, piece.tokens)])
+            self._loaded.enqueue([chain.last_norm(batch, piece.tokens, piece.tokens)])
             for first in range(0, rows, SCORED_ROWS):
                 part = found[first : first + SCORED_ROWS]
-                chain.enqueue([chain.head(first, len(part), scratch)])
+                self._loaded.enqueue([chain.head(first, len(part), scratch)])
                 self._driver.download(scratch, part)
         finally:
             self._driver.free(scratch)

@@ -12,16 +12,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rwkv_edge.errors import InputError, SessionError
 from rwkv_edge.plugins import sampling as kernels
-from rwkv_edge.plugins.fused_spec import FusedKernel
 from rwkv_edge.plugins.sampling import NO_TOKEN, RING, Features, SamplingKernels, slices
-from rwkv_edge.runtime.cuda_chain import Launch, Outputs
+from rwkv_edge.runtime.cuda_chain import Outputs
 from rwkv_edge.runtime.cuda_driver import Driver, Event
+from rwkv_edge.runtime.cuda_launch import Launch
 from rwkv_edge.runtime.sampling import NONE_LEFT, NOT_FINITE, Past, Sampler, SamplerConfig
 
 LEAST_STOPS = 15  # stop tokens that there is room for from the beginning
@@ -102,14 +101,13 @@ class Draws:
         turn: steps enqueued so far; every one takes a place of the rings.
     """
 
-    def __init__(self, driver: Driver, batch: int, vocabulary: int, functions: dict[FusedKernel, Any]) -> None:
+    def __init__(self, driver: Driver, batch: int, vocabulary: int) -> None:
         """Allocate what all samplers need.
 
         Args:
             driver: the GPU.
             batch: streams of the state.
             vocabulary: V.
-            functions: kernels that the driver has; new ones are added.
 
         Raises:
             SessionError: the kernels do not draw from such a vocabulary.
@@ -119,7 +117,7 @@ class Draws:
                 "the GPU draws from vocabularies of a multiple of 4 up to "
                 f"{kernels.MAX_VOCABULARY}, not {vocabulary}; use Sampler on the logits of `step`"
             )
-        self._driver, self._batch, self._vocabulary, self._functions = driver, batch, vocabulary, functions
+        self._driver, self._batch, self._vocabulary = driver, batch, vocabulary
         self.turn = 0
         self.features = Features(greedy=True, cut=False, penalties=False, bias=False)
         self._numbers: list[np.random.Generator] = []
@@ -192,7 +190,7 @@ class Draws:
     def launches(self, row: int, batch: int, head: Launch, outputs: Outputs) -> list[Launch]:
         """The kernels that draw for streams from ``row`` on, after the ``head`` that gave their logits."""
         given = dict(zip(head.kernel.outputs, head.pointers[len(head.kernel.inputs) :], strict=True))
-        tops = head.kernel.grid[0] if "best" in given else 0
+        tops = head.grid[0] if "best" in given else 0
         chosen = SamplingKernels(self._vocabulary, batch, self._batch, self.features, tops)
         if not chosen.features.greedy and chosen.own_scores:
             self._room("scores")
@@ -203,15 +201,8 @@ class Draws:
             places |= {"tops": given["best"], "tops_at": given["best_at"]}
         unused = outputs.logits  # for arguments that the kernel was compiled not to touch
         return [
-            Launch(k, self._loaded(k), tuple(places.get(name, unused) for name in (*k.inputs, *k.outputs)))
-            for k in chosen.all()
+            Launch(k, tuple(places.get(name, unused) for name in (*k.inputs, *k.outputs)), k.grid) for k in chosen.all()
         ]
-
-    def _loaded(self, kernel: FusedKernel) -> Any:
-        if kernel not in self._functions:
-            ptx = kernel.ptx(self._driver.capability)
-            self._functions[kernel] = self._driver.function(ptx, kernel.name)
-        return self._functions[kernel]
 
     def _room(self, name: str) -> None:
         """Memory of this name, zeros where it is new."""

@@ -7,17 +7,18 @@ gate, output; norm and mix, key, value. The residual stream is kept as a sum tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from rwkv_edge.plugins.fused_spec import EMBEDDING, Dimensions, FusedKernel, head_columns
 from rwkv_edge.plugins.wide import GATE_THREADS, NORM_ROWS, PRODUCTS, WARP, Finish, Form, Tile, WideKernels
-from rwkv_edge.runtime.cuda_chain import Give, Launch, Outputs, StatePlaces
+from rwkv_edge.runtime.cuda_chain import Give, Outputs, StatePlaces
 from rwkv_edge.runtime.cuda_driver import Driver
+from rwkv_edge.runtime.cuda_launch import Launch
 from rwkv_edge.runtime.cuda_weights import Weights
 from rwkv_edge.spec import ITEM_SIZE, ModelSpec
 
@@ -103,7 +104,6 @@ class WideChain:
         dimensions: Dimensions,
         weights: Weights,
         rows: int,
-        functions: dict[FusedKernel, Any],
     ) -> None:
         """Allocate the buffers; kernels are compiled when they are first needed.
 
@@ -113,12 +113,11 @@ class WideChain:
             dimensions: of the model.
             weights: on the GPU.
             rows: the largest M.
-            functions: kernels that are loaded already; those of this chain are added.
         """
         self._driver, self._spec, self._weights, self.rows = driver, spec, weights.address, rows
         self._stored = weights.stored
         self._kernels = WideKernels(dimensions, rows, driver.capability, driver.multiprocessors)
-        self._functions = functions
+        self._known: dict[Hashable, FusedKernel] = {}
         d, self._item = dimensions, ITEM_SIZE[dimensions.dtype]
         self._d = d
         self._split_out = self._kernels.split(d.inner, d.width)
@@ -154,12 +153,12 @@ class WideChain:
             found += [self.last_norm(batch, 1, 1), self.head(0, batch, outputs.logits)]
         if give == "choice":
             places = {"columns": self._d.vocabulary, "logits": outputs.logits, "ids": outputs.tokens}
-            found.append(self._launch(self._kernels.argmax(), (batch, 1, 1), places))
+            found.append(self._launch(self._made(self._kernels.argmax), (batch, 1, 1), places))
         return found
 
     def last_norm(self, batch: int, tokens: int, kept: int) -> Launch:
         """The normed rows of the last ``kept`` tokens of every stream, after `launches`: what `head` multiplies."""
-        kernel = self._kernels.norm(0, self._split_value, embed=None, sequence=kept > 1)
+        kernel = self._made(self._kernels.norm, 0, self._split_value, None, kept > 1)
         places = {**self._buffers, **self._norm("ln_out"), "stream": self._buffers["stream.0"]}
         grid = (-(-kept // NORM_ROWS) if kept > 1 else 1, batch, 1)
         return self._launch(kernel, grid, {**places, "tokens": tokens, "kept": kept})
@@ -170,14 +169,6 @@ class WideChain:
         source = self._buffers["mixed"] + first * d.width * self._item
         product = Product(source, self._matrix("head", head_columns(d.vocabulary)), logits, d.vocabulary, d.width)
         return self._products(count, [product], self._kernels.tile_of(count))
-
-    def enqueue(self, launches: Sequence[Launch]) -> None:
-        """Put kernels on the stream. The first waits for all that is ahead; the others may overlap the one ahead."""
-        for index, launch in enumerate(launches):
-            kernel = launch.kernel
-            self._driver.launch(
-                launch.function, kernel.grid, kernel.threads, kernel.shared, launch.pointers, early=index > 0
-            )
 
     def fill_with_nan(self) -> None:
         """What a test does to find out whether a kernel reads what none has written."""
@@ -190,7 +181,7 @@ class WideChain:
         self._buffers.clear()
 
     def _mixes(self, layer: int, rows: Rows) -> Launch:
-        kernel = self._kernels.norm(6, self._split_value, embed=self._embedded(layer), sequence=rows.tokens > 1)
+        kernel = self._made(self._kernels.norm, 6, self._split_value, self._embedded(layer), rows.tokens > 1)
         places = {
             **self._buffers, **self._norm(f"blocks.{layer}.ln1"), "ids": rows.ids, "table": self._weights[EMBEDDING],
             "table.scale": self._weights[f"{EMBEDDING}.scale"], "mix": self._weights[f"blocks.{layer}.att.mix"],
@@ -200,7 +191,7 @@ class WideChain:
         return self._launch_norm(kernel, rows, places)
 
     def _channel_mix(self, layer: int, rows: Rows) -> Launch:
-        kernel = self._kernels.norm(1, self._split_out, embed=None, sequence=rows.tokens > 1)
+        kernel = self._made(self._kernels.norm, 1, self._split_out, None, rows.tokens > 1)
         places = {
             **self._buffers, **self._norm(f"blocks.{layer}.ln2"), "mix": self._weights[f"blocks.{layer}.ffn.mix"],
             "stream": self._buffers["stream.1"], "stream.out": self._buffers["stream.0"],
@@ -240,20 +231,18 @@ class WideChain:
         return self._products(rows.count, wanted)
 
     def _recurrence(self, layer: int, rows: Rows) -> list[Launch]:
-        d, kernels = self._d, self._kernels
+        d, kernels, made = self._d, self._kernels, self._made
         names = ("k_k", "k_a", "r_k", "ln_x.weight", "ln_x.bias")
         places = {**self._buffers, **{name: self._att(layer, name) for name in names}}
         places |= {"halted": rows.halted, "wkv": rows.state.single[layer]["wkv"], "tokens": rows.tokens}
         if layer == 0:
             places["v"] = self._buffers["v_first"]
         if rows.tokens == 1:
-            return [self._launch(kernels.step(), (d.heads, rows.batch, 1), places)]
-        heads = GATE_THREADS // WARP  # of a block
+            return [self._launch(made(kernels.step), (d.heads, rows.batch, 1), places)]
+        blocks = kernels.sequence_blocks(rows.batch), -(-d.heads * WARP // GATE_THREADS)
         return [
-            self._launch(
-                kernels.sequence(rows.batch), (kernels.sequence_blocks(rows.batch), d.heads, rows.batch), places
-            ),
-            self._launch(kernels.gate(), (-(-d.heads // heads), rows.count, 1), places),
+            self._launch(made(kernels.sequence, rows.batch), (blocks[0], d.heads, rows.batch), places),
+            self._launch(made(kernels.gate), (blocks[1], rows.count, 1), places),
         ]
 
     def _output(self, layer: int, rows: Rows) -> Launch:
@@ -274,26 +263,26 @@ class WideChain:
         ]
 
     def _products(self, count: int, products: Sequence[Product], tile: Tile | None = None, split: int = 1) -> Launch:
-        forms = {product.matrix.form for product in products}
-        kernel, tile = self._kernels.product(forms, split, tile), tile or self._kernels.tile
+        forms, tile = frozenset(product.matrix.form for product in products), tile or self._kernels.tile
+        kernel = self._made(self._kernels.product, forms, split, tile)
         tiles = sum(-(-product.columns // tile.columns) for product in products)
         missing = (0,) * len(products[0].values) * (PRODUCTS - len(products))
         values = (count, *(value for product in products for value in product.values), *missing)
-        return self._at(kernel, (tiles * -(-count // tile.rows), split, 1), values)
+        return Launch(kernel, values, (tiles * -(-count // tile.rows), split, 1))
 
     def _launch_norm(self, kernel: FusedKernel, rows: Rows, places: Mapping[str, int]) -> Launch:
         blocks = -(-rows.tokens // NORM_ROWS) if rows.tokens > 1 else 1
         return self._launch(kernel, (blocks, rows.batch, 1), {**places, "tokens": rows.tokens, "halted": rows.halted})
 
     def _launch(self, kernel: FusedKernel, grid: tuple[int, int, int], places: Mapping[str, int]) -> Launch:
-        values = tuple(places[name] for name in kernel.inputs)
-        return self._at(kernel, grid, values)
+        return Launch(kernel, tuple(places[name] for name in kernel.inputs), grid)
 
-    def _at(self, kernel: FusedKernel, grid: tuple[int, int, int], values: tuple[int, ...]) -> Launch:
-        if kernel not in self._functions:
-            ptx = kernel.ptx(self._driver.capability)
-            self._functions[kernel] = self._driver.function(ptx, kernel.name, kernel.shared)
-        return Launch(replace(kernel, grid=grid), self._functions[kernel], values)
+    def _made(self, method: Callable[..., FusedKernel], *arguments: Hashable) -> FusedKernel:
+        """A kernel of `WideKernels`, made once."""
+        key = (method.__name__, *arguments)
+        if key not in self._known:
+            self._known[key] = method(*arguments)
+        return self._known[key]
 
     def _embedded(self, layer: int) -> Form | None:
         """How the embedding is stored, for the layer that reads it."""

@@ -17,8 +17,9 @@ from rwkv_edge.errors import InputError, SessionError
 from rwkv_edge.plugins import nvrtc
 from rwkv_edge.plugins.fused_spec import FusedKernel
 from rwkv_edge.plugins.sampling import NO_TOKEN, NONE_LEFT, NOT_A_NUMBER, Features, SamplingKernels
-from rwkv_edge.runtime.cuda_chain import Launch, Outputs
+from rwkv_edge.runtime.cuda_chain import Outputs
 from rwkv_edge.runtime.cuda_driver import Driver
+from rwkv_edge.runtime.cuda_launch import Launch, Loaded
 from rwkv_edge.runtime.cuda_sampling import Draws, checked_token, take_all
 from rwkv_edge.runtime.sampling import NONE_LEFT as NONE_LEFT_MESSAGE
 from rwkv_edge.runtime.sampling import NOT_FINITE, Sampler, SamplerConfig
@@ -56,7 +57,7 @@ class Rig:
 
     def __init__(self, driver: Any, batch: int, vocabulary: int, with_tops: bool) -> None:
         self.driver, self.batch, self.vocabulary = driver, batch, vocabulary
-        self.draws = Draws(driver, batch, vocabulary, {})
+        self.draws, self.loaded = Draws(driver, batch, vocabulary), Loaded(driver)
         self.tops = -(-vocabulary // TILE) if with_tops else 0
         sizes = {"logits": batch * vocabulary, "best": batch * max(1, self.tops), "best_at": batch * max(1, self.tops)}
         self.at = {name: driver.allocate(4 * size) for name, size in sizes.items()}
@@ -77,17 +78,10 @@ class Rig:
             self.driver.upload((tiles.argmax(2) + np.arange(self.tops) * TILE).astype(np.int32), self.at["best_at"])
         outputs = ("logits", "best", "best_at") if self.tops else ("logits",)
         head = FusedKernel("head", "head.cu", (), (), outputs, (self.tops, 1, 1), 256)
-        launched = Launch(head, None, tuple(self.at[name] for name in outputs))
+        launched = Launch(head, tuple(self.at[name] for name in outputs), head.grid)
         launches = self.draws.launches(0, self.batch, launched, Outputs(self.tokens, self.at["logits"], self.halted))
 
-        def step() -> None:
-            for launch in launches:
-                kernel = launch.kernel
-                self.driver.launch(
-                    launch.function, kernel.grid, kernel.threads, kernel.shared, launch.pointers, early=False
-                )
-
-        (turn,) = self.draws.enqueue(1, step)
+        (turn,) = self.draws.enqueue(1, lambda: self.loaded.enqueue(launches))
         return self.draws.tokens(turn).tolist()
 
 
@@ -255,7 +249,7 @@ def test_vocabularies_are_checked(vocabulary: int) -> None:
     with pytest.raises(InputError, match=f"a multiple of 4 up to 131072; found {vocabulary}"):
         SamplingKernels(vocabulary, 1, 1, features, 0)
     with pytest.raises(SessionError, match=f"not {vocabulary}; use Sampler on the logits"):
-        Draws(cuda_double.Driver(), 1, vocabulary, {})
+        Draws(cuda_double.Driver(), 1, vocabulary)
 
 
 def variants(every: bool) -> list[FusedKernel]:

@@ -1,0 +1,84 @@
+"""Kernels that are loaded on a GPU, and their launches."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rwkv_edge.plugins.fused_spec import FusedKernel
+from rwkv_edge.runtime.cuda_driver import Driver, Graph
+
+LOGGER: Final = logging.getLogger(__name__)
+PATIENCE: Final = 0.3  # seconds after which somebody who waits wants to know for what
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel with its arguments.
+
+    Attributes:
+        kernel: to be compiled when it is first needed.
+        pointers: its arguments, 8 bytes each.
+        grid: blocks along x, y and z.
+    """
+
+    kernel: FusedKernel
+    pointers: tuple[int, ...]
+    grid: tuple[int, int, int]
+
+
+class Loaded:
+    """The kernels of one GPU, each loaded once, when it is first needed."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._functions: dict[FusedKernel, Any] = {}
+        self._same: dict[int, tuple[FusedKernel, Any]] = {}  # by identity: a hash of a kernel takes as long as a launch
+
+    def function(self, kernel: FusedKernel) -> Any:
+        """What `Driver.launch` takes."""
+        if id(kernel) not in self._same:
+            self._load([kernel])
+            self._same[id(kernel)] = kernel, self._functions[kernel]
+        return self._same[id(kernel)][1]
+
+    def enqueue(self, launches: Sequence[Launch]) -> None:
+        """Put kernels on the stream. The first waits for all ahead of it; the others may overlap the one ahead."""
+        self._load([launch.kernel for launch in launches if id(launch.kernel) not in self._same])
+        for index, launch in enumerate(launches):
+            kernel = launch.kernel
+            function = self.function(kernel)
+            self._driver.launch(function, launch.grid, kernel.threads, kernel.shared, launch.pointers, early=index > 0)
+
+    def captured(self, groups: Sequence[Sequence[Launch]]) -> Graph:
+        """A graph of launches; those of a group wait for the group ahead. Capturing runs nothing."""
+        self._load([launch.kernel for group in groups for launch in group if id(launch.kernel) not in self._same])
+        with self._driver.capture() as graph:
+            for group in groups:
+                self.enqueue(group)
+        return graph
+
+    def _load(self, kernels: Sequence[FusedKernel]) -> None:
+        missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._functions]
+        if missing:
+            self._compile(missing)
+        for kernel in missing:
+            ptx = kernel.ptx(self._driver.capability)
+            self._functions[kernel] = self._driver.function(ptx, kernel.name, kernel.shared)
+
+    def _compile(self, kernels: Sequence[FusedKernel]) -> None:
+        """Put kernels into the cache of compiled texts, side by side: NVRTC takes up to a second for one.
+
+        Where that takes a while, the log says so.
+        """
+        capability = self._driver.capability
+        with ThreadPoolExecutor(min(len(kernels), os.cpu_count() or 1)) as pool:
+            compiling = [pool.submit(kernel.ptx, capability) for kernel in kernels]
+            if wait(compiling, PATIENCE).not_done:
+                LOGGER.info("compiling kernels for %s; the next start finds them in the cache", self._driver.name)
+            for one in compiling:
+                one.result()
