@@ -124,7 +124,7 @@ class FusedNode:
         ranks = {kernels: sizes.get(letter, 0) for letter, kernels in KERNEL_RANKS.items()}
         ranks["rank_mix"] = sizes.get("m", sizes.get("M", 0) // 5)
         return Dimensions(
-            width=sizes.get("D", inner),
+            width=sizes.get("D") or inner or sizes["F"],
             inner=inner,
             hidden=sizes.get("F", 0),
             heads=sizes.get("H", inner // ALIGNMENT),

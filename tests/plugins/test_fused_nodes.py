@@ -216,6 +216,20 @@ def test_arguments_are_those_of_the_kernels(version: str) -> None:
     assert halving == [fused_layers(version).of(6, 6)[0].name]
 
 
+SMALL = {"D": 128, "A": 128, "F": 512, "H": 2, "N": 64, "V": 256, "B": 2, "M": 160, "m": 32}
+
+
+@pytest.mark.parametrize("version", FUSED_VERSIONS)
+def test_all_compile(version: str, nvrtc_architectures: tuple[int, ...]) -> None:
+    """A node knows no dimensions but those of its inputs."""
+    if 90 not in nvrtc_architectures:
+        pytest.skip("this NVRTC does not know compute_90")
+    for node in fused_layers(version).nodes.values():
+        letters = {letter for argument in node.inputs for letter in argument.axes if letter.isalpha()}
+        kernel = node.kernel({letter: SMALL.get(letter, 32) for letter in letters}, "float16")
+        assert f".entry {kernel.name}(" in kernel.ptx(90)
+
+
 def test_five_nodes_a_layer() -> None:
     layers = fused_layers("7")
     names = ["time_mix_in", "wkv", "time_mix_out", "channel_mix_in", "channel_mix_out"]
