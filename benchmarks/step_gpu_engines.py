@@ -28,6 +28,7 @@ CALLS = 60  # whose median is one measure, where the host waits for each
 FED_BACK = 100  # steps of one measure, where it does not
 STREAMS, STREAM_STEPS = 64, 20  # of a batch
 PROMPT, PROMPTS = 512, 5
+LARGEST = "largest in batch"
 SAMPLING = SamplerConfig(temperature=0.8, top_k=100, top_p=0.9, presence_penalty=0.4, frequency_penalty=0.4, seed=0)
 
 Measures = Mapping[str, Callable[[], float]]
@@ -126,13 +127,25 @@ class Expected:
 
 
 def differences(engine: Engine, expected: Expected) -> dict[str, float]:
-    """How far the engine is from the reference: by steps, as a prompt, and in a batch of `STREAMS`."""
+    """How far the engine is from the reference: by steps, as a prompt, and in a batch of `STREAMS`.
+
+    'batch' is the norm of all differences over that of all logits; one stream in another's place makes it 0.2. A few of
+    many random streams are so ill-conditioned that rounding to fp16 alone moves single logits by a tenth of the
+    largest, in every engine; 'largest in batch' says by how much.
+    """
     tokens, logits = expected.one
     found = {"steps": relative(stepped(engine, tokens), logits)}
     found["prefill"] = relative(engine.prefill(tokens.T, engine.fresh(1)), logits[-1])
     if "batch_s" in engine.slow:
-        found["batch"] = relative(stepped(engine, expected.streams[0]), expected.streams[1])
+        logits = stepped(engine, expected.streams[0])
+        found["batch"] = relative_norm(logits, expected.streams[1])
+        found[LARGEST] = relative(logits, expected.streams[1])
     return found
+
+
+def relative_norm(found: np.ndarray, expected: np.ndarray) -> float:
+    """Norm of the differences over the norm of ``expected``."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def stepped(engine: Engine, tokens: np.ndarray) -> np.ndarray:

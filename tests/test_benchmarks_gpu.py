@@ -117,6 +117,16 @@ def test_step_gpu_times_nothing_that_is_wrong(
     assert "step_s" not in engine
 
 
+def test_a_stream_in_the_place_of_another_is_found(scripts: dict[str, ModuleType]) -> None:
+    streams = 64
+    expected = np.random.default_rng(0).normal(0, 1, (4, streams, 100))
+    found = expected.copy()
+    found[:, [3, 4]] = found[:, [4, 3]]
+    difference = scripts["step_gpu_engines"].relative_norm
+    assert difference(expected, expected) == 0
+    assert difference(found, expected) > 5 * scripts["step_gpu"].WIDE_TOLERANCE
+
+
 def test_step_gpu_says_that_there_is_no_provider(
     scripts: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,17 +26,18 @@ def engine_backend(artifact: Artifact, backend: str) -> str | None:
 def kernels_fit(artifact: Artifact) -> bool:
     """Whether our own kernels run the artifact on the first GPU: packages, driver, capability, version, form."""
     from rwkv_edge.plugins.nvrtc import nvrtc_version
-    from rwkv_edge.runtime.cuda import dimensions_of
+    from rwkv_edge.runtime.cuda import check_kernels, dimensions_of
     from rwkv_edge.runtime.cuda_driver import device_capability
-    from rwkv_edge.runtime.cuda_weights import check_scheme
+    from rwkv_edge.runtime.cuda_weights import check_scheme, stored_forms
 
     try:
         capability = device_capability()
         if capability is None or capability < LEAST_CAPABILITY:
             return False
         nvrtc_version()
-        dimensions_of(artifact.manifest.spec)
         check_scheme(artifact)
+        spec = artifact.manifest.spec
+        check_kernels(spec, dimensions_of(spec), stored_forms(artifact.path))
     except (MissingDependencyError, SessionError):
         return False
     return True

@@ -14,7 +14,7 @@ import numpy as np
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import InputError, SessionError
 from rwkv_edge.plugins.fused import Kernels
-from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, Tuning
+from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, Stored, Tuning
 from rwkv_edge.plugins.fused_versions import KERNELS
 from rwkv_edge.runtime.cuda_ahead import Ahead, Fetch, drawn_tokens
 from rwkv_edge.runtime.cuda_chain import Chain, Give
@@ -24,8 +24,8 @@ from rwkv_edge.runtime.cuda_pieces import MOST_ROWS, Piece, Pieces
 from rwkv_edge.runtime.cuda_rows import StateRows
 from rwkv_edge.runtime.cuda_sampling import DrawKey, Draws, checked_samplers, draws_on_device, take_all
 from rwkv_edge.runtime.cuda_state import CudaState
-from rwkv_edge.runtime.cuda_tuning import keep_tuning, tuning_for
-from rwkv_edge.runtime.cuda_weights import INDEX_FILE, WEIGHTS_FILE, check_scheme, load_weights
+from rwkv_edge.runtime.cuda_tuning import default_tuning, keep_tuning, tuning_for
+from rwkv_edge.runtime.cuda_weights import INDEX_FILE, WEIGHTS_FILE, check_scheme, load_weights, stored_forms
 from rwkv_edge.runtime.cuda_wide import WideChain
 from rwkv_edge.runtime.initial import initial_arrays, stored_initial
 from rwkv_edge.runtime.sampling import Sampler, SamplerConfig
@@ -55,6 +55,18 @@ def dimensions_of(spec: ModelSpec) -> Dimensions:
         raise SessionError(f"the backend 'cuda' cannot run this model: {error}; use another backend") from error
 
 
+def check_kernels(spec: ModelSpec, dimensions: Dimensions, stored: Mapping[str, Stored]) -> None:
+    """Refuse matrices in forms that no kernel takes.
+
+    Raises:
+        SessionError: there are some; the message says which.
+    """
+    try:
+        KERNELS[spec.version](dimensions, 1, default_tuning(dimensions), stored)
+    except InputError as error:
+        raise SessionError(f"the backend 'cuda' cannot run this model: {error}; use another backend") from error
+
+
 class CudaSession:
     """`rwkv_edge.runtime.session.Session` over the fused kernels."""
 
@@ -80,6 +92,7 @@ class CudaSession:
         self.initial_hash = None if initial is None else artifact.manifest.files[initial].sha256
         self._dimensions = dimensions_of(self.spec)
         check_scheme(artifact)
+        check_kernels(self.spec, self._dimensions, stored_forms(artifact.path))
         if check_content:
             artifact.check_content(INDEX_FILE, WEIGHTS_FILE)
         self._driver = Driver(device)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from rwkv_edge.plugins.fused_spec import Dimensions, Tuning
-from rwkv_edge.plugins.fused_v7 import Kernels7
+from rwkv_edge.plugins.fused_spec import Dimensions
 from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.runtime.cuda_launch import Loaded
 from rwkv_edge.runtime.cuda_weights import Weights
@@ -111,7 +110,6 @@ class Pieces:
         while size < rows:
             size *= 2
         if size not in self._chains:
-            Kernels7(self._dimensions, 1, Tuning(), self._weights.stored)  # refuses integers that no kernel takes
             self._chains[size] = WideChain(self._driver, self._spec, self._dimensions, self._weights, size)
         return self._chains[size]
 

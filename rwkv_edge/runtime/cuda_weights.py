@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ def check_scheme(artifact: Artifact) -> None:
         )
 
 
+def stored_forms(folder: Path) -> dict[str, Stored]:
+    """How the matrices that are not float are stored, by weights.json.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    with _readable(folder):
+        return _stored(_index(folder))
+
+
 def load_weights(driver: Driver, folder: Path) -> Weights:
     """Copy weights.bin to the device.
 
@@ -67,15 +78,12 @@ def load_weights(driver: Driver, folder: Path) -> Weights:
         ArtifactError: weights.json does not fit it.
         SessionError: the GPU has too little memory.
     """
-    try:
+    with _readable(folder):
         data = np.memmap(folder / WEIGHTS_FILE, np.uint8, mode="r")
-        entries = json.loads((folder / INDEX_FILE).read_bytes())
-        offsets = {str(entry["name"]): _checked_offset(entry, data.size) for entry in entries}
-        by_name = {str(entry["name"]): entry for entry in entries}
-        stored = _stored(by_name)
-        heads = _widened_head(data, by_name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / INDEX_FILE} cannot be used ({error}); export the checkpoint again") from error
+        entries = _index(folder)
+        offsets = {name: _checked_offset(entry, data.size) for name, entry in entries.items()}
+        stored = _stored(entries)
+        heads = _widened_head(data, entries)
     size = data.size
     for name, array in heads.items():
         offsets[name] = rounded_up(size, ALIGNMENT)
@@ -91,6 +99,20 @@ def load_weights(driver: Driver, folder: Path) -> Weights:
     address = {f"{name}{SCALES}": memory + offset for name, offset in offsets.items()}
     address |= {name.removesuffix(INTEGERS): memory + offset for name, offset in offsets.items()}
     return Weights(memory, address, stored)
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Errors of reading as what they mean."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / INDEX_FILE} cannot be used ({error}); export the checkpoint again") from error
+
+
+def _index(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Entries of weights.json by name."""
+    return {str(entry["name"]): entry for entry in json.loads((folder / INDEX_FILE).read_bytes())}
 
 
 def _checked_offset(entry: Mapping[str, Any], size: int) -> int:

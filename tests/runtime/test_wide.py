@@ -18,10 +18,11 @@ from rwkv_edge.artifact import Artifact
 from rwkv_edge.calibration.quantize import QuantizeOptions, quantize_artifact
 from rwkv_edge.calibration.schemes import SchemeOptions
 from rwkv_edge.checkpoints import open_checkpoint
-from rwkv_edge.errors import InputError
+from rwkv_edge.errors import SessionError
 from rwkv_edge.evaluation.synthetic import Shape7, random_v7, save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
 from rwkv_edge.plugins.fused_spec import COLUMNS, MAX_BATCH, FusedKernel
+from rwkv_edge.runtime.auto import kernels_fit
 from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.cuda_pieces import CHUNKS, MOST_ROWS
 from rwkv_edge.runtime.onnxruntime import OrtSession
@@ -301,6 +302,10 @@ def test_integers_that_no_kernel_takes(artifacts: dict[tuple[str, str], Path], m
     """Rows of int8 that do not begin at 16 bytes."""
     monkeypatch.setattr("rwkv_edge.runtime.cuda.Driver", cuda_double.Driver)
     monkeypatch.setattr(FusedKernel, "ptx", cuda_double.described)
-    session = CudaSession(Artifact.open(artifacts["narrow heads", "w8"]))
-    with pytest.raises(InputError, match="needs columns in multiples of 16"):
-        session.prefill([[1, 2, 3]], session.initial_state())
+    monkeypatch.setattr("rwkv_edge.runtime.cuda_driver.device_capability", lambda ordinal=0: (9, 0))
+    monkeypatch.setattr("rwkv_edge.plugins.nvrtc.nvrtc_version", lambda: (13, 0))
+    assert kernels_fit(Artifact.open(artifacts["narrow heads", "fp32"]))
+    artifact = Artifact.open(artifacts["narrow heads", "w8"])
+    with pytest.raises(SessionError, match=r"needs columns in multiples of 16.*; use another backend"):
+        CudaSession(artifact)
+    assert not kernels_fit(artifact)
