@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
+from ptxas import BETWEEN, report, spilled
 
 from rwkv_edge.errors import InputError
-from rwkv_edge.plugins import nvrtc
 from rwkv_edge.plugins.fused_spec import Choice, Dimensions, FusedKernel, Stored, Tuning
 from rwkv_edge.plugins.fused_v7 import Kernels7
 from rwkv_edge.runtime.cuda_tuning import LARGE, SMALL
@@ -40,15 +39,31 @@ def quantized(form: str, layers: int = 2) -> dict[str, Stored]:
     return found | {"head": how, "emb": Stored("int8")}
 
 
-@pytest.mark.parametrize("form", ["float", "int8", "int4"])
-@pytest.mark.parametrize("capability", [75, 80, 86, 87, 89, 90, 100, 110, 120])
+TINY = replace(SMALLEST, width=128, inner=128, heads=2, hidden=512, vocabulary=256)
+COMPILED = [
+    *((75, form) for form in ("float", "int8", "int4")),
+    *((80, form) for form in ("float", "int8")),
+    *((87, form) for form in ("float", "int4")),
+    *((90, form) for form in ("float", "int8", "int4")),
+    (120, "int4"),
+]
+"""All forms in each branch of the text: below 8.0, from there on, and from 9.0 on."""
+
+
+@pytest.mark.parametrize(("capability", "form"), COMPILED)
 def test_all_compile(capability: int, form: str, nvrtc_architectures: tuple[int, ...]) -> None:
     if capability not in nvrtc_architectures:
         pytest.skip(f"this NVRTC does not know compute_{capability}")
-    dimensions = replace(SMALLEST, width=128, inner=128, heads=2, hidden=512, vocabulary=256)
-    kernels = Kernels7(dimensions, 1, SMALL, {} if form == "float" else quantized(form))
-    for kernel in all_of(kernels):
+    for kernel in all_of(Kernels7(TINY, 1, SMALL, {} if form == "float" else quantized(form))):
         assert f".target sm_{capability}" in kernel.ptx(capability)
+
+
+@pytest.mark.parametrize("capability", BETWEEN)
+def test_other_devices(capability: int, nvrtc_architectures: tuple[int, ...]) -> None:
+    if capability not in nvrtc_architectures:
+        pytest.skip(f"this NVRTC does not know compute_{capability}")
+    kernel = Kernels7(TINY, 1, SMALL, quantized("int4")).channel_mix_in(1)
+    assert f".target sm_{capability}" in kernel.ptx(capability)
 
 
 @pytest.mark.parametrize(
@@ -66,23 +81,18 @@ def test_all_compile(capability: int, form: str, nvrtc_architectures: tuple[int,
 def test_registers_do_not_spill(
     dimensions: Dimensions, tuning: Tuning, batch: int, form: str, nvrtc_architectures: tuple[int, ...]
 ) -> None:
-    """What ptxas inside NVRTC reports: two words at most, by which it reaches a round number of registers."""
+    """Two words at most, by which ptxas reaches a round number of registers. Eight streams: on Orin, all layers but the
+    first."""
     stored = {} if form == "float" else quantized(form)
-    for kernel in all_of(Kernels7(dimensions, batch, tuning, stored, shared=MOST_SHARED)):
-        options = [*nvrtc.OPTIONS, *(f"-D{name}={value}" for name, value in kernel.defines)]
-        for capability in (ORIN, HOPPER):
-            if capability not in nvrtc_architectures:
-                continue
-            arguments = [*options, f"--gpu-architecture=sm_{capability}", "--ptxas-options=-v"]
-            _, log = nvrtc.compiled(kernel.source, arguments)
-            if "spill" not in log:
-                pytest.skip("this NVRTC passes on no report of ptxas")
-            spilled = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)]
-            assert max(spilled) <= 8, f"{kernel.name}: {log}"
+    kernels = Kernels7(dimensions, batch, tuning, stored, shared=MOST_SHARED)
+    for capability in {ORIN, HOPPER} & set(nvrtc_architectures):
+        for kernel in all_of(kernels):
+            if batch == 1 or (capability == ORIN and kernel != kernels.time_mix_in(0)):  # ptxas takes 9 s for that one
+                assert spilled(kernel, capability) <= 8, f"{kernel.name}: {report(kernel, capability)}"
 
 
 def test_programmatic_launch_only_where_it_exists(nvrtc_architectures: tuple[int, ...]) -> None:
-    kernel = Kernels7(replace(SMALLEST, width=128, inner=128, heads=2, hidden=512), 1, SMALL).channel_mix_in(0)
+    kernel = Kernels7(TINY, 1, SMALL).channel_mix_in(0)
     for capability, has in ((80, False), (90, True)):
         if capability in nvrtc_architectures:
             assert ("griddepcontrol" in kernel.ptx(capability)) == has

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 
 import pytest
+from ptxas import report, spilled
 
 from rwkv_edge.errors import ExportError
 from rwkv_edge.plugins import kernel_spec, nvrtc
 from rwkv_edge.plugins.spec import DTYPES, KINDS, VERSIONS
 
-ARCHITECTURES = [75, 80, 87, 89, 90, 100, 110]  # Turing … Orin (87), Ada, Hopper, Blackwell, Thor (110)
+ARCHITECTURES = [75, 87, 90, 120]  # Turing, Orin, Hopper, Blackwell
+OTHERS = [80, 89, 100, 110]  # Thor is the last
 KERNELS = [(v, k) for v in VERSIONS for k in KINDS]
+COMPILED = [(*kernel, c) for c in ARCHITECTURES for kernel in KERNELS] + [("7", "step", c) for c in OTHERS]
 
 
 @pytest.fixture
@@ -19,8 +22,7 @@ def architectures(nvrtc_architectures):
     return nvrtc_architectures
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize(("version", "kind"), KERNELS)
+@pytest.mark.parametrize(("version", "kind", "capability"), COMPILED)
 def test_compiles(version, kind, capability, architectures, tmp_path):
     if capability not in architectures:
         pytest.skip(f"NVRTC {nvrtc.nvrtc_version()} does not know compute_{capability}")
@@ -41,19 +43,13 @@ def test_compiles(version, kind, capability, architectures, tmp_path):
 @pytest.mark.parametrize("head", [8, 48, 64, 80, 96, 128])
 @pytest.mark.parametrize(("version", "kind"), KERNELS)
 def test_registers_do_not_spill(version, kind, head, architectures):
-    """ptxas inside NVRTC reports what it does for Orin and Hopper: neither spills nor a stack."""
+    """Neither spills nor a stack, for Orin and Hopper; sizes of heads other than 64 for Orin."""
     if version == "4" and head != 64:
         pytest.skip("RWKV-4 has no heads")
     for dtype in DTYPES if head == 64 else ("float32",):  # the widest loads
         spec = kernel_spec(version, kind, dtype, head)
-        for capability in {87, 90} & set(architectures):
-            options = [*nvrtc.OPTIONS, *(f"-D{k}={v}" for k, v in spec.defines)]
-            options += [f"--gpu-architecture=sm_{capability}", "--ptxas-options=-v"]
-            cubin, log = nvrtc.compiled(spec.source, options)
-            assert cubin[:4] == b"\x7fELF"
-            if "spill" not in log:
-                pytest.skip("this NVRTC passes on no report of ptxas")
-            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log, f"{spec.name}: {log}"
+        for capability in ({87, 90} if head == 64 else {87}) & set(architectures):
+            assert spilled(spec, capability) == 0, f"{spec.name}: {report(spec, capability)}"
 
 
 def test_loads_are_16_bytes_wide(architectures, tmp_path):
