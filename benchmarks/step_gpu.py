@@ -177,6 +177,8 @@ def measured(size: str, options: argparse.Namespace, folder: Path | None, bandwi
             engine = stack.enter_context(opening())
             figures[name] = checked(name, engine, expected[form])
             figures[name] |= {"memory": used_memory() - before, "limit_s": limits[form]}
+            if engine.tuning:
+                figures[name]["tuning"] = engine.tuning
             if is_green(figures[name]):
                 engines[name] = engine
         timed(engines, figures, options)

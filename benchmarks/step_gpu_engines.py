@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ import torch
 from common import relative
 
 from rwkv_edge.artifact import Artifact
+from rwkv_edge.plugins.fused_spec import Choice, Tuning
 from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.cuda_state import CudaState
 from rwkv_edge.runtime.onnxruntime import OrtSession
@@ -47,6 +49,7 @@ class Engine:
             'sample_s' one whose token is drawn on the GPU by `SAMPLING`.
         slow: those of which few turns are enough: 'batch_s', a step of `STREAMS`, and 'prefill_s', `PROMPT` tokens.
         greedy: a token and a count → the tokens chosen on the GPU, each fed back.
+        tuning: choices of our kernels: the defaults, or what `rwkv-edge tune` left in the cache.
     """
 
     fresh: Callable[[int], Any]
@@ -55,6 +58,7 @@ class Engine:
     measures: Measures
     slow: Measures
     greedy: Callable[[int, int], np.ndarray] | None = field(default=None)
+    tuning: str = ""
 
 
 @contextlib.contextmanager
@@ -94,8 +98,19 @@ def fused_engine(artifact: Path) -> Iterator[Engine]:
             "prefill_s": lambda: _prompt_seconds(session),
         },
         lambda token, count: session.greedy([token], session.initial_state(), count)[0],
+        tuning_text(session.tuning),
     )
     session.close()
+
+
+def tuning_text(tuning: Tuning) -> str:
+    """Choices on one line: of each kernel tile / split / loads ahead / threads."""
+    values = {one.name: getattr(tuning, one.name) for one in dataclasses.fields(tuning)}
+    texts = {
+        name: "/".join(map(str, dataclasses.astuple(value))) if isinstance(value, Choice) else str(value).lower()
+        for name, value in values.items()
+    }
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def check_kernels(spec: ModelSpec, dimensions: Dimensions, stored: Mapping[str, 
         SessionError: there are some; the message says which.
     """
     try:
-        KERNELS[spec.version](dimensions, 1, default_tuning(dimensions), stored)
+        KERNELS[spec.version](dimensions, 1, default_tuning(dimensions, stored), stored)
     except InputError as error:
         raise SessionError(f"the backend 'cuda' cannot run this model: {error}; use another backend") from error
 

@@ -24,6 +24,15 @@ LARGE = Tuning(
     time_mix_in=Choice(64, ahead=24, threads=512), time_mix_out=Choice(32, 4), channel_mix_in=Choice(64),
     channel_mix_out=Choice(128, 8), head=Choice(128), skip=True,
 )  # fmt: skip
+SMALL_INT8 = Tuning(
+    time_mix_in=Choice(32, ahead=4), time_mix_out=Choice(32, 2, ahead=8, threads=128),
+    channel_mix_in=Choice(64, threads=128), channel_mix_out=Choice(16, 8, ahead=4, threads=512), head=Choice(128),
+    skip=False,
+)  # fmt: skip
+LARGE_INT8 = Tuning(
+    time_mix_in=Choice(64, ahead=24, threads=512), time_mix_out=Choice(32, 4, ahead=4, threads=512),
+    channel_mix_in=Choice(64, ahead=32), channel_mix_out=Choice(64, 4), head=Choice(128), skip=True,
+)  # fmt: skip
 
 
 WIDE_FROM = 5
@@ -31,9 +40,10 @@ WIDE_FROM = 5
 of matrix-vector products, that grows with the streams, reaches at four to five (`benchmarks/wide_gpu.py`)."""
 
 
-def default_tuning(dimensions: Dimensions) -> Tuning:
+def default_tuning(dimensions: Dimensions, stored: Mapping[str, Stored]) -> Tuning:
     """The choices that were fastest on an H100; sources: `rwkv-edge tune`, `benchmarks/wide_gpu.py`."""
-    found = SMALL if dimensions.width < WIDE else LARGE
+    int8 = {how.form for how in stored.values()} == {"int8"}
+    found = (SMALL_INT8 if int8 else SMALL) if dimensions.width < WIDE else LARGE_INT8 if int8 else LARGE
     return found if dimensions.dtype == "float32" else dataclasses.replace(found, wide_from=WIDE_FROM)
 
 
@@ -49,9 +59,9 @@ def tuning_for(gpu: str, dimensions: Dimensions, stored: Mapping[str, Stored], c
     path = tuning_file(gpu, dimensions, stored, cache)
     try:
         data = json.loads(path.read_bytes())
-        return tuning_from_json(data["tuning"]) if data["format"] == FORMAT else default_tuning(dimensions)
+        return tuning_from_json(data["tuning"]) if data["format"] == FORMAT else default_tuning(dimensions, stored)
     except (OSError, ValueError, KeyError, TypeError, InputError):  # none, or a damaged one: speed alone depends on it
-        return default_tuning(dimensions)
+        return default_tuning(dimensions, stored)
 
 
 def keep_tuning(
