@@ -49,7 +49,8 @@ def norm(a: Arguments) -> None:
     before = np.concatenate([shift[:, None], xn[:, :-1]], 1)
     a.give(x)
     a.give(np.where(halted[:, None], shift, xn[:, -1]), a.act)
-    a.give(xn + (before - xn) * mix[:, None, None], a.act)
+    mixed = xn + (before - xn) * mix[:, None, None]
+    a.give(np.concatenate([mixed, xn[None]]) if a.PLAIN else mixed, a.act)
     return a.done()
 
 
@@ -108,6 +109,8 @@ def multiply(a: Arguments, rows: int, one: dict[str, int]) -> None:
         return write(np.exp(DECAY_SCALE * sigmoid(y)))
     if finish == Finish.TO_RATE:
         return write(sigmoid(y))
+    if finish == Finish.TO_MULTIPLE:
+        return write(read(one["output"], (rows, columns), a.act) * y, a.act)
     own, first = read(one["output"], (rows, columns)), read(one["other"], (rows, columns))
     return write(own + (first - own) * sigmoid(y))
 
@@ -189,6 +192,15 @@ def gate(a: Arguments) -> None:
     a.done()
 
 
+def deep_embed(a: Arguments) -> None:
+    rows = a.macros["grid"][0]
+    ids, table, low = a.take(rows, dtype="int32"), number(a), a.take(rows, a.RANK)
+    nbytes = a.RANK**2 * numpy_dtype(a.act).itemsize
+    matrices = [a.driver.view(table + int(t) * nbytes, (a.RANK, a.RANK), a.act).copy() for t in ids]
+    a.give(np.stack([x @ float32_from_stored(m, a.act) for x, m in zip(low, matrices, strict=True)]), a.act)
+    a.done()
+
+
 def argmax(a: Arguments) -> None:
     columns = number(a)
     a.give(a.take(a.macros["grid"][0], columns).argmax(1), "int32")
@@ -202,5 +214,6 @@ KERNELS = {
     "wide_step.cu": step,
     "wide_sequence.cu": sequence,
     "wide_gate.cu": gate,
+    "wide_deep_embed.cu": deep_embed,
     "wide_argmax.cu": argmax,
 }

@@ -1,4 +1,4 @@
-"""The wide kernels of RWKV-7: M = B·T rows at once, through tensor cores, for prompts and for large batches.
+"""The wide kernels of RWKV-7 and 7a: M = B·T rows at once, through tensor cores, for prompts and for large batches.
 
 What is compiled for a model and a class of row counts, and in which order arguments go. Letters of shapes: B streams, T
 tokens of each, D width, A = H·N inner width, F hidden width.
@@ -49,6 +49,7 @@ class Finish(IntEnum):
     TO_DECAY = 5
     TO_RATE = 6
     TO_BLEND = 7
+    TO_MULTIPLE = 8
 
 
 class Form(IntEnum):
@@ -145,10 +146,11 @@ class WideKernels:
         self._tensor_cores = uses_tensor_cores(capability, dimensions.dtype)
         self._multiprocessors = multiprocessors
 
-    def norm(self, mixes: int, parts: int, embed: Form | None, sequence: bool) -> FusedKernel:
+    def norm(self, mixes: int, parts: int, embed: Form | None, sequence: bool, plain: bool = False) -> FusedKernel:
         """Residual sum, norm and token-shift mixes; ``mixes`` = 0: the norm alone, of each stream's last rows.
 
-        ``embed``: how the embedding is stored, where its rows are the stream.
+        ``embed``: how the embedding is stored, where its rows are the stream; ``plain``: the normed rows themselves
+        come after the mixes.
         """
         source = ("ids", "table", "table.scale") if embed is not None else ("stream", "parts")
         shifted = ("shift", "mix", "halted", "stream.out", "shift.out")
@@ -158,6 +160,7 @@ class WideKernels:
                 "WIDTH": self.dimensions.width,
                 "ROWS": NORM_ROWS if sequence else 1,
                 "MIXES": mixes,
+                "PLAIN": int(plain),
                 "PARTS": parts if embed is None else 0,
                 "EMBED": int(embed is not None),
                 "EMBED_INT8": int(embed == Form.IN_INT8),
@@ -208,6 +211,11 @@ class WideKernels:
         """Group norm, bonus and gate after the recurrence of T tokens."""
         arguments = ("y", "v", "g", "bonus", "ln_x.weight", "ln_x.bias", "gated")
         return self._kernel("wide_gate", self._heads, arguments, GATE_THREADS)
+
+    def deep_embed(self) -> FusedKernel:
+        """Rows of DeepEmbed's rank R times a matrix [R, R] of each row's token."""
+        rank = self.dimensions.rank_deep
+        return self._kernel("wide_deep_embed", {"RANK": rank}, ("ids", "s_emb", "hs", "turned"), WARP)
 
     def argmax(self) -> FusedKernel:
         """The greedy choice."""

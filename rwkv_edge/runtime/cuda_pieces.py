@@ -20,7 +20,7 @@ from rwkv_edge.spec import ModelSpec
 if TYPE_CHECKING:
     from rwkv_edge.runtime.cuda_state import CudaState
 
-WIDE_VERSIONS: Final = ("7",)
+WIDE_VERSIONS: Final = ("7", "7a")
 CHUNKS: Final = (512, 256, 128, 64, 32, 16, 8, 4, 2)
 """Tokens of a chunk. Half as many tokens take the time of the weights alone from some length on, so that a single step
 for each of the rest would cost more than a few chunks do."""

@@ -1,7 +1,8 @@
-"""RWKV-7 for M = B·T rows at once as a chain of wide kernels: prompts, and steps of large batches.
+"""RWKV-7 and 7a for M = B·T rows at once as a chain of wide kernels: prompts, and steps of large batches.
 
 Per layer: norm and six mixes, their products, products of the LoRAs' second halves, the recurrence with group norm and
-gate, output; norm and mix, key, value. The residual stream is kept as a sum that is still open, as in
+gate, output; norm and mix, key, value. In 7a (DeepEmbed) s1 beside the key, then the tokens' matrices, then s2, which
+multiplies the hidden values. The residual stream is kept as a sum that is still open, as in
 `rwkv_edge.runtime.cuda_chain`. Reference: `rwkv_edge.models.v7`.
 """
 
@@ -124,9 +125,10 @@ class WideChain:
         self._split_value = self._kernels.split(d.hidden, d.width)
         parts = max(self._split_out, self._split_value)
         floats = dict.fromkeys(("r", "w", "k", "v", "v_first", "a", "g", "y"), d.inner)
+        floats["hs"] = d.rank_deep
         floats |= {"stream.0": d.width, "stream.1": d.width, "parts": parts * d.width, "bonus": d.heads}
         acts = {"mixed": 6 * d.width, "hw": d.rank_w, "ha": d.rank_a, "hg": d.rank_g, "hv": d.rank_v}
-        acts |= {"gated": d.inner, "hidden": d.hidden}
+        acts |= {"gated": d.inner, "hidden": d.hidden, "turned": d.rank_deep}
         self._bytes = {name: FLOAT * rows * n for name, n in floats.items()}
         self._bytes |= {name: self._item * rows * n for name, n in acts.items()}
         self._bytes["ids"] = FLOAT * rows
@@ -191,7 +193,7 @@ class WideChain:
         return self._launch_norm(kernel, rows, places)
 
     def _channel_mix(self, layer: int, rows: Rows) -> Launch:
-        kernel = self._made(self._kernels.norm, 1, self._split_out, None, rows.tokens > 1)
+        kernel = self._made(self._kernels.norm, 1, self._split_out, None, rows.tokens > 1, self._is_deep)
         places = {
             **self._buffers, **self._norm(f"blocks.{layer}.ln2"), "mix": self._weights[f"blocks.{layer}.ffn.mix"],
             "stream": self._buffers["stream.1"], "stream.out": self._buffers["stream.0"],
@@ -251,15 +253,27 @@ class WideChain:
         return self._products(rows.count, [product], split=self._split_out)
 
     def _feed_forward(self, layer: int, rows: Rows) -> list[Launch]:
-        d, b = self._d, self._buffers
-        key, value = (self._matrix(f"blocks.{layer}.ffn.{name}") for name in ("key", "value"))
+        d, b, matrix = self._d, self._buffers, partial(self._ffn_matrix, layer)
+        firsts = [Product(b["mixed"], matrix("key"), b["hidden"], d.hidden, d.width, Finish.TO_RELU_SQUARE)]
+        if self._is_deep:
+            normed = b["mixed"] + rows.count * d.width * self._item
+            firsts.append(Product(normed, matrix("s1"), b["hs"], d.rank_deep, d.width))
+        value = Product(b["hidden"], matrix("value"), b["parts"], d.width, d.hidden)
         return [
-            self._products(
-                rows.count, [Product(b["mixed"], key, b["hidden"], d.hidden, d.width, Finish.TO_RELU_SQUARE)]
-            ),
-            self._products(
-                rows.count, [Product(b["hidden"], value, b["parts"], d.width, d.hidden)], split=self._split_value
-            ),
+            self._products(rows.count, firsts),
+            *(self._deep_embed(layer, rows) if self._is_deep else ()),
+            self._products(rows.count, [value], split=self._split_value),
+        ]
+
+    def _deep_embed(self, layer: int, rows: Rows) -> list[Launch]:
+        """hidden ∘= (hs·E_token) s2 + s0."""
+        d, b = self._d, self._buffers
+        table, offset = (self._weights[f"blocks.{layer}.ffn.{name}"] for name in ("s_emb", "s0"))
+        places = {**b, "ids": rows.ids, "s_emb": table}
+        s2, finish = self._ffn_matrix(layer, "s2"), Finish.TO_MULTIPLE
+        return [
+            self._launch(self._made(self._kernels.deep_embed), (rows.count, 1, 1), places),
+            self._products(rows.count, [Product(b["turned"], s2, b["hidden"], d.hidden, d.rank_deep, finish, offset)]),
         ]
 
     def _products(self, count: int, products: Sequence[Product], tile: Tile | None = None, split: int = 1) -> Launch:
@@ -287,6 +301,13 @@ class WideChain:
     def _embedded(self, layer: int) -> Form | None:
         """How the embedding is stored, for the layer that reads it."""
         return Form.of(self._stored.get(EMBEDDING)) if layer == 0 else None
+
+    @property
+    def _is_deep(self) -> bool:
+        return self._d.rank_deep > 0
+
+    def _ffn_matrix(self, layer: int, name: str) -> Matrix:
+        return self._matrix(f"blocks.{layer}.ffn.{name}")
 
     def _att_matrix(self, layer: int, name: str) -> Matrix:
         return self._matrix(f"blocks.{layer}.att.{name}")

@@ -13,9 +13,9 @@ from rwkv_edge.plugins.wide import TILES, Form, Tile, WideKernels, tile_for
 
 ORIN, HOPPER, MULTIPROCESSORS = 87, 90, 132
 MOST_SHARED = 99 << 10  # bytes of a block on sm_86, sm_89 and sm_120
-SMALL = Dimensions(128, 128, 512, 2, 64, 256, 64, 64, 128, 32, "float16")
+SMALL = Dimensions(128, 128, 512, 2, 64, 256, 64, 64, 128, 32, "float16", rank_deep=32)
 SMALLEST = Dimensions(768, 768, 3072, 12, 64, 65536, 64, 64, 128, 32, "float16")
-LARGER = Dimensions(2048, 2048, 8192, 32, 64, 65536, 96, 96, 256, 64, "float16")
+LARGER = Dimensions(2048, 2048, 8192, 32, 64, 65536, 96, 96, 256, 64, "float16", rank_deep=32)
 ALL_FORMS = frozenset(Form)
 
 
@@ -26,9 +26,10 @@ def all_of(kernels: WideKernels, batch: int = 1) -> Iterator[FusedKernel]:
         yield kernels.norm(6, 4, None, sequence)
         yield kernels.norm(1, 2, None, sequence)
         yield kernels.norm(0, 4, None, sequence)
+    yield kernels.norm(1, 2, None, sequence=True, plain=True)
     yield kernels.product({Form.IN_FLOAT})
     yield kernels.product(ALL_FORMS, split=2)
-    yield from (kernels.step(), kernels.sequence(batch), kernels.gate(), kernels.argmax())
+    yield from (kernels.step(), kernels.sequence(batch), kernels.gate(), kernels.deep_embed(), kernels.argmax())
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,14 @@ def test_others_do_not_spill(dimensions: Dimensions, nvrtc_architectures: tuple[
         for kernel in (*all_of(kernels), kernels.sequence(64)):
             if "product" not in kernel.source:
                 assert_no_spills(kernel, capability, nvrtc_architectures)
+
+
+@pytest.mark.parametrize("rank", [8, 24, 136])
+def test_ranks_of_deep_embed(rank: int, nvrtc_architectures: tuple[int, ...]) -> None:
+    """Fewer columns than lanes, a number that no power of two divides, and more than a warp reads at once."""
+    for dtype in ("float16", "float32"):
+        kernels = WideKernels(replace(LARGER, rank_deep=rank, dtype=dtype), 512, ORIN, MULTIPROCESSORS)
+        assert_no_spills(kernels.deep_embed(), ORIN, nvrtc_architectures)
 
 
 def assert_no_spills(kernel: FusedKernel, capability: int, known: tuple[int, ...]) -> None:

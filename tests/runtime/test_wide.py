@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cuda_double
+import cuda_versions_double
 import numpy as np
 import onnxruntime
 import pytest
@@ -34,7 +35,15 @@ SHAPES = {
     "narrow heads": Shape7(2, 72, 288, 8, 3, (8, 8, 8, 16)),
     "one layer": Shape7(1, 128, 256, 64, 4, (32, 32, 16, 32)),
     "1.5B's widths": Shape7(2, 2048, 4096, 64, 4, (96, 96, 64, 256)),
+    "7a": Shape7(3, 192, 320, 32, 4, (16, 8, 8, 48)),
+    "7a, odd rank": Shape7(2, 64, 256, 32, 3.5, (8, 8, 8, 16)),
+    "7a, large rank": Shape7(2, 128, 256, 64, 4, (8, 8, 8, 16)),
+    "7a, 1.5B's widths": Shape7(2, 2048, 4096, 64, 4, (96, 96, 64, 256)),
 }
+DEEP_EMBED = {"7a": 32, "7a, odd rank": 24, "7a, large rank": 136, "7a, 1.5B's widths": 32}
+"""Ranks of DeepEmbed; models without are RWKV-7."""
+IN_ALL = ("many heads", "1.5B's widths", "7a")
+"""Those that run in all precisions on a GPU; the others in fp16 alone."""
 TOLERANCE = {
     "fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "w8": 1e-5, "fp16 w8": 1e-2, "w4": 1e-5, "fp16 w4": 1e-2,
     "fp16 w4 of 128": 1e-2,
@@ -61,7 +70,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
                 source = self[name, precision.partition(" ")[0] if " " in precision else "fp32"]
                 quantize_artifact(source, self[key], QuantizeOptions(SCHEMES[precision]))
             else:
-                checkpoint = save_pth(random_v7(SHAPES[name]), folder / f"{name}.pth")
+                weights = random_v7(SHAPES[name], deep_embed=DEEP_EMBED.get(name, 0))
+                checkpoint = save_pth(weights, folder / f"{name}.pth")
                 options = ExportOptions(precision=precision, chunks=(), batch=None, tokenizer="none")
                 export_checkpoint(open_checkpoint(checkpoint), self[key], options)
             return self[key]
@@ -77,12 +87,13 @@ def fits(shape: Shape7, precision: str) -> bool:
 
 ON_NUMPY = (
     ("many heads", "fp32"), ("many heads", "w8"), ("many heads", "fp16 w4"), ("narrow heads", "fp32"),
+    ("7a", "fp32"), ("7a", "w8"), ("7a", "fp16 w4"), ("7a, odd rank", "fp16"),
 )  # fmt: skip
 ON_GPU = [
     (name, precision)
     for name, shape in SHAPES.items()
     for precision in TOLERANCE
-    if (precision == "fp16" or name in ("many heads", "1.5B's widths")) and fits(shape, precision)
+    if (precision == "fp16" or name in IN_ALL) and fits(shape, precision)
 ]
 CASES = [pytest.param(("numpy", *case), id=f"numpy-{'-'.join(case)}") for case in ON_NUMPY]
 CASES += [pytest.param(("gpu", *case), id=f"gpu-{'-'.join(case)}", marks=pytest.mark.gpu) for case in ON_GPU]
@@ -98,6 +109,7 @@ def sessions(request: pytest.FixtureRequest, artifacts: dict[tuple[str, str], Pa
         else:
             patch.setattr("rwkv_edge.runtime.cuda.Driver", cuda_double.Driver)
             patch.setattr(FusedKernel, "ptx", cuda_double.described)
+            patch.setattr(cuda_double, "KERNELS", {**cuda_double.KERNELS, **cuda_versions_double.KERNELS})
         patch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", float_products)
         session = CudaSession(Artifact.open(artifacts[name, precision]))
         oracle = OrtSession(Artifact.open(artifacts[name, oracle_of(precision)]))

@@ -1,5 +1,5 @@
-// What the wide kernels of RWKV-7 share: those that compute M = B*T rows at once (row b*T + t), for prompts and for large
-// batches. Rows that feed a matrix are in ACT, everything else is float.
+// What the wide kernels of RWKV-7 and 7a share: those that compute M = B*T rows at once (row b*T + t), for prompts and for
+// large batches. Rows that feed a matrix are in ACT, everything else is float.
 //
 // Compile-time parameters (-D), beside those of common.cuh:
 //   WEIGHT  Float, Half or Brain: the type of matrices; ACT is that of vectors, token-shift states and products' inputs

@@ -1,9 +1,9 @@
 // Residual sum, layer norm and token-shift mixes of M = B*T rows, each with the row before it in its stream.
 //
 // Further parameters: ROWS: of a block, neighbours in one stream; MIXES: mixed inputs [MIXES, M, D], 0 for the normed rows
-// themselves, [M, D]; PARTS: partial sums that the product ahead left, [PARTS, M, D]; EMBED: 1 where the stream is rows of
-// the embedding; EMBED_INT8: they are int8 with a scale each. Grid (blocks of rows in a stream, B). stream_out must not
-// be stream_in, nor shift_out shift_in.
+// themselves, [M, D]; PLAIN: 1 where these come after the mixed inputs; PARTS: partial sums that the product ahead left,
+// [PARTS, M, D]; EMBED: 1 where the stream is rows of the embedding; EMBED_INT8: they are int8 with a scale each.
+// Grid (blocks of rows in a stream, B). stream_out must not be stream_in, nor shift_out shift_in.
 // MIXES = 0: no shift, and `tokens` counts rows of a stream of which the last `kept` are normed.
 #include "wide.cuh"
 
@@ -163,6 +163,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
             }
         }
     }
+#if PLAIN
+#pragma unroll
+    for (int i = 1; i < LINES; ++i)
+#pragma unroll
+        for (int q = 0; q < QUADS; ++q)
+            if (first + i - 1 < count && place(q) < WIDTH)
+                put4(output + (MIXES * total + origin + first + i - 1) * WIDTH + place(q), lines.x[i][q]);
+#endif
 #pragma unroll
     for (int i = 1; i < LINES; ++i) {
         if (first + i != count) continue;  // the last row is the new state

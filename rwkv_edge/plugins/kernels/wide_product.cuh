@@ -14,7 +14,8 @@ enum Finish {
     TO_RELU_SQUARE, // ACT
     TO_DECAY,       // float: exp(-exp(-0.5) * sigmoid(x + offset)), offset float
     TO_RATE,        // float: sigmoid(x + offset), offset ACT
-    TO_BLEND        // float: output + (other - output) * sigmoid(x + offset), offset ACT
+    TO_BLEND,       // float: output + (other - output) * sigmoid(x + offset), offset ACT
+    TO_MULTIPLE     // ACT: output * (x + offset), offset ACT
 };
 
 // How a matrix is stored: in WEIGHT; in int8 with a scale for each column; or in int4, two columns a byte, the first in
@@ -96,6 +97,16 @@ __device__ __forceinline__ void finish_quad(const Product& p, int rows, int m, i
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[e] = own[e] + (first[e] - own[e]) * logistic(x[e]);
         store4(wide, x);
+        return;
+    }
+    case TO_MULTIPLE: {
+        Act* const narrow = static_cast<Act*>(p.output) + at;
+        float own[4];
+        add_offset<Act>(x, p.offset, n);
+        widen4(own, fetch4(narrow));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] *= own[e];
+        put4(narrow, x);
         return;
     }
     }
