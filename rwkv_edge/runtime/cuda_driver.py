@@ -38,7 +38,10 @@ class Driver:
             self._call("cuInit", 0)
             self._device = self._call("cuDeviceGet", ordinal)
         except (SessionError, RuntimeError) as error:  # RuntimeError: the driver's library is not there
-            raise SessionError(f"no NVIDIA GPU can be used here ({error}); run on --backend onnxruntime") from error
+            reason = error if isinstance(error, SessionError) else "no NVIDIA driver was found"
+            raise SessionError(
+                f"no NVIDIA GPU can be used here ({reason}); without one, models run on --backend onnxruntime"
+            ) from error
         self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._device))
         attributes = driver.CUdevice_attribute
         major = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
