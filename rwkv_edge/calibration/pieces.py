@@ -12,6 +12,7 @@ from rwkv_edge.calibration.record import Calibration
 from rwkv_edge.calibration.rounding import Rounded, rounded
 from rwkv_edge.calibration.schemes import BLOCKS, EMBEDDING, block_of
 from rwkv_edge.calibration.source import FloatWeights, Place
+from rwkv_edge.errors import CalibrationError
 from rwkv_edge.exporters.layout import PAGE, PAGE_FROM
 from rwkv_edge.spec import stored_from_float32
 
@@ -166,8 +167,15 @@ def rounded_weight(
         quantized: how to store it.
         calibration: statistics of its input; None for none.
         inputs: factors by which smoothing made inputs smaller.
+
+    Raises:
+        CalibrationError: the parameter holds NaN or infinity.
     """
     weight = weights.load(quantized.name)
+    if not np.isfinite(weight).all():
+        raise CalibrationError(
+            f"'{quantized.name}' holds NaN or infinity, which no integer stands for; export a checkpoint that is whole"
+        )
     if quantized.form == "rows":
         return rounded(np.ascontiguousarray(weight.T), 8, None, None, quantized.scale_dtype)
     bits = BITS[quantized.form]

@@ -74,7 +74,8 @@ def quantize_artifact(
 
     Raises:
         ArtifactError: the artifact is damaged, or the target cannot be written.
-        CalibrationError: the artifact is quantized, or the calibration is missing, damaged or of another model.
+        CalibrationError: the artifact is quantized or holds NaN, or the calibration is missing, damaged or of another
+            model.
         ExportError: a graph fails the ONNX checker.
     """
     options = options or QuantizeOptions()
