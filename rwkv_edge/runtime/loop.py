@@ -268,7 +268,8 @@ def generate_text(
     given continues with the character that it holds half of, and keeps half of one at the end.
 
     Raises:
-        InputError: an empty prompt, a token outside the vocabulary, ``max_tokens`` below 1, an empty stop string.
+        InputError: an empty prompt, a token or a stop token that is given outside the vocabulary, ``max_tokens`` below
+            1, an empty stop string.
         TokenizerError: the prompt cannot be encoded.
         SessionError: from the iteration: the backend failed, or the logits hold NaN.
     """
@@ -277,6 +278,11 @@ def generate_text(
     tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     stop_text = StopText(stops)
     checked = _checked_prompt(tokens, session.spec)
+    unknown = sorted(token for token in stop_tokens or () if not 0 <= token < session.spec.vocab_size)
+    if unknown:
+        raise InputError(
+            f"stop tokens must be from 0 to {session.spec.vocab_size - 1}, the model's vocabulary, not {unknown[0]}"
+        )
     state = session.initial_state(1) if state is None else state
     ends = frozenset(tokenizer.eos_ids if stop_tokens is None else stop_tokens)
     return Generation(
