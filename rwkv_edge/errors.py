@@ -4,6 +4,7 @@
 
     RwkvEdgeError                      exit code 1
     ├── InputError                     exit code 2: an argument that cannot be meant
+    ├── FileError                      a text, a figure or a cache that cannot be read or written
     ├── MissingDependencyError         a package that an extra installs
     ├── CheckpointError                a file of weights that cannot be read
     │   └── UnsupportedVersionError    an RWKV version that cannot be exported
@@ -34,11 +35,16 @@ class InputError(RwkvEdgeError):
     exit_code = 2
 
 
+class FileError(RwkvEdgeError):
+    """A text, a report, a plot or a cache cannot be read or written."""
+
+
 class MissingDependencyError(RwkvEdgeError):
-    """A package is needed that is not installed."""
+    """A package is needed that is not installed; no ``extra``: it is installed under its own name."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}': pip install 'rwkv-edge[{extra}]'")
+        installed = f"'rwkv-edge[{extra}]'" if extra else package
+        super().__init__(f"{purpose} needs the package '{package}': pip install {installed}")
         self.package = package
         self.extra = extra
 

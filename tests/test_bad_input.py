@@ -54,6 +54,7 @@ ARGUMENTS = {
     "seed": (2, "generate A a --seed -1", r"seed must be a whole number of at least 0, not -1"),
     "bias": (2, "generate A a --logit-bias x", r"a logit bias is TOKEN=BIAS, such as 0=-inf, not 'x'"),
     "bias of no token": (2, f"generate A a --logit-bias {10**20}=1", r"there is no token 10{20}"),
+    "stop token": (2, "generate A a --stop-token 256", r"stop tokens must be from 0 to 255, .*, not 256"),
     "tokenizer": (1, "generate A a --tokenizer missing.json", r"there is no file 'missing.json'"),
     "tokenizer of another model": (
         1,
@@ -61,7 +62,7 @@ ARGUMENTS = {
         r"65\d+, but the model's vocabulary has 256",
     ),
     "tolerance": (2, "verify A C --tolerance 0", r"0.* is not in the range x>0"),
-    "text": (2, "verify A C --text missing.txt", r"missing.txt cannot be read: No such file"),
+    "text": (1, "verify A C --text missing.txt", r"missing.txt cannot be read: No such file"),
     "command": (2, "exprot C", r"No such command 'exprot'"),
     "option": (2, "export C --presicion fp16", r"No such option:? '?--presicion"),
     "checkpoint as artifact": (1, "generate C a", r"artifact.pth is a file; an artifact is the folder that"),
@@ -71,7 +72,7 @@ ARGUMENTS = {
     "no artifact": (1, "generate missing a", r"missing does not exist; an artifact is the folder"),
     "a part of an artifact": (1, "info A/step.onnx", r"step.onnx should end in .pth.*, but ends in '.onnx'"),
     "another folder": (1, "generate . a", r" has no manifest.json; an artifact is the folder"),
-    "folder as prompt": (2, "verify A C --text A", r"artifact cannot be read: Is a directory"),
+    "folder as prompt": (1, "verify A C --text A", r"artifact cannot be read: Is a directory"),
     "target is a file": (1, "export C -o C", r"artifact.pth exists and is a file"),
     "target below a file": (1, "export C -o C/a/b", r"artifact.pth/a/b cannot be written: Not a directory"),
     "target is the checkpoint's folder": (1, "export C -o D", r"exists and is a folder .*, so it is left alone"),
@@ -133,6 +134,13 @@ def test_weights_that_are_not_finite_are_named_and_exported(
     assert "NaN or infinity in blocks.1.ffn.key.weight, ln_out.bias" in capsys.readouterr().out
     assert run(["generate", str(tmp_path / "artifact"), "a", "-n", "2"]) == 1
     assert "NaN or +inf" in sentence(1, capsys.readouterr().err)
+    assert run(["bench", str(tmp_path / "artifact"), "--tokens", "2", "--prompt", "2", "--runs", "1"]) == 1
+    assert "that 'all logits are finite' failed" in sentence(1, capsys.readouterr().err)
+    assert run(["quantize", str(tmp_path / "artifact"), "-o", str(tmp_path / "w8")]) == 1
+    assert "'blocks.1.ffn.key' holds NaN or infinity, which no integer stands for" in sentence(
+        1, capsys.readouterr().err
+    )
+    assert not (tmp_path / "w8").exists()
 
 
 def test_weights_beyond_the_precision_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,7 +325,7 @@ def test_ctrl_c_during_generation(artifact: Path) -> None:
         child.stdout.read(200)
         code, stderr = stopped(child)
     assert code == 130
-    assert re.fullmatch(r"\d+ tokens, [\d.]+ tokens/s, prompt of 1 tokens in [\d.]+ s\n\nstopped\n", stderr)
+    assert re.fullmatch(r"\d+ tokens, [\d.]+ tokens/s, prompt of 1 token in [\d.]+ s\n\nstopped\n", stderr)
 
 
 KILLED = """

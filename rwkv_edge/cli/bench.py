@@ -34,7 +34,10 @@ from rwkv_edge.cli.progress import count_progress
 )  # fmt: skip
 @click.option("--prepack", is_flag=True, help="Let ONNX Runtime keep its own copy of the weights: faster, more memory.")
 @session_options
-@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all figures there; - for standard output.")
+@click.option(
+    "--json", "json_file", type=PATH, is_flag=False, flag_value=Path("-"), metavar="[FILE]",
+    help="Write all figures there; without FILE, or with -, print JSON instead of text.",
+)  # fmt: skip
 @click.option("--plot", type=PATH, metavar="FILE", help="Draw the latencies: .png, .svg or .pdf.")
 @quiet_option
 def command(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-from rwkv_edge.errors import InputError, MissingDependencyError
+from rwkv_edge.errors import FileError, InputError, MissingDependencyError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is refused in our own words
 COUNT = "N"  # metavar of a number
 QUIET = "rwkv_edge.quiet"
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -48,6 +50,28 @@ def hides_progress() -> bool:
     return is_quiet() or sys.stderr is None or not sys.stderr.isatty()
 
 
+class Suggested(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic since click 8.4
+    """Any text: a shell completes to some names, or to files where none of them fits."""
+
+    name = "text"
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that begin so."""
+        fitting = [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
+        return fitting or [CompletionItem(incomplete, type="file")]
+
+
+def tokenizer_option(function: F) -> F:
+    """--tokenizer of what runs an artifact."""
+    return click.option(
+        "--tokenizer", type=Suggested("world", "bytes"), metavar="NAME|FILE",
+        help="Instead of the artifact's: world, bytes, or a tokenizer.json.",
+    )(function)  # fmt: skip
+
+
 SESSION_BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt", "tensorrt-rtx")
 """`rwkv_edge.runtime.session.BACKENDS`, known without importing numpy."""
 
@@ -59,6 +83,7 @@ def session_options(function: F) -> F:
     )(function)
     function = click.option(
         "--provider", "providers", multiple=True, metavar="NAME",
+        type=Suggested("cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"),
         help="Execution provider of ONNX Runtime: cpu, cuda, tensorrt, nv-tensorrt-rtx or its own name, with options "
         "where needed (cuda:device_id=1); repeatable in order of preference.  [default: cpu]",
     )(function)  # fmt: skip
@@ -147,6 +172,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things in words: 1 token, 2 tokens."""
+    return f"{count} {thing}" + ("" if count == 1 else "s")
+
+
+def program() -> str:
+    """What calls this program from the shell: its name where PATH has it, else as it was called."""
+    if shutil.which("rwkv-edge"):
+        return "rwkv-edge"
+    called = Path(sys.argv[0])
+    return str(called) if called.stem == "rwkv-edge" else f"{Path(sys.executable).name} -m rwkv_edge"
+
+
 def size(nbytes: float) -> str:
     """Bytes in words: 1.8 GB."""
     for unit in ("B", "kB", "MB"):
@@ -187,17 +225,19 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, or of stdin for '-'.
 
     Raises:
-        InputError: it cannot be read or is not UTF-8.
+        FileError: it cannot be read or is not UTF-8.
+        InputError: what comes from stdin is not, or it is closed.
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
         raw = _stdin() if str(path) == "-" else path.read_bytes()
         return raw.decode("utf-8")
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}") from error
+        raise FileError(f"{name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         where = f"byte {raw[error.start]:#04x} at offset {error.start}"
-        raise InputError(f"{name} is not UTF-8: {where}; convert it first") from error
+        refusal = InputError if str(path) == "-" else FileError  # what is piped in stands for an argument
+        raise refusal(f"{name} is not UTF-8: {where}; convert it first") from error
 
 
 def _stdin() -> bytes:

@@ -11,12 +11,14 @@ import click
 from rwkv_edge.cli.common import (
     PATH,
     ByteSize,
+    counted,
     note,
     printable,
     quiet_option,
     read_text,
     say_quantized,
     session_options,
+    tokenizer_option,
 )
 from rwkv_edge.cli.sampling import sampler_from_options, sampling_options
 from rwkv_edge.errors import InputError, RwkvEdgeError
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     help="Token to stop at; repeatable.  [default: the tokenizer's end of text]",
 )  # fmt: skip
 @click.option("--no-echo", is_flag=True, help="Print the continuation without the prompt.")
-@click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
+@tokenizer_option
 @click.option("--state-in", type=PATH, metavar="FILE", help="Snapshot to go on from; PROMPT may then be left out.")
 @click.option("--state-out", type=PATH, metavar="FILE", help="Snapshot to write when the text has ended.")
 @click.option(
@@ -120,8 +122,8 @@ def _print(continuation: Continuation, flush: bool) -> None:
 def _summary(continuation: Continuation) -> str:
     pieces, reused = continuation.pieces, continuation.reused
     return (
-        f"{len(pieces.tokens)} tokens, {pieces.tokens_per_second:.1f} tokens/s, "
-        f"prompt of {pieces.prompt_tokens} tokens"
+        f"{counted(len(pieces.tokens), 'token')}, {pieces.tokens_per_second:.1f} tokens/s, "
+        f"prompt of {counted(pieces.prompt_tokens, 'token')}"
         + (f", {reused} of them from the cache," if reused else "")
         + f" in {continuation.prompt_seconds + pieces.prefill_seconds:.3f} s"
         + (f", stopped by {pieces.reason.replace('_', ' ')}" if pieces.reason else "")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_edge.errors import InputError, MissingDependencyError
+from rwkv_edge.errors import FileError, InputError, MissingDependencyError
 from rwkv_edge.runtime.atomic import check_writable, reason_of, write_whole
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -17,14 +17,15 @@ def check_plot(path: Path) -> None:
     """Whether a plot can be written there, before an hour of measuring.
 
     Raises:
-        InputError: another kind of file, or a place that cannot be written.
+        InputError: another kind of file.
+        FileError: a place that cannot be written.
         MissingDependencyError: matplotlib is not installed.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"a plot is a file ending in {', '.join(FORMATS)}, not '{path.name}'")
     reason = check_writable(path)
     if reason:
-        raise InputError(f"{path} cannot be written: {reason}")
+        raise FileError(f"{path} cannot be written: {reason}")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -39,7 +40,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
         path: a .png, .svg or .pdf.
 
     Raises:
-        InputError: the file cannot be written.
+        FileError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -67,7 +68,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     try:
         write_whole(path, drawn.getvalue())
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {reason_of(error)}") from error
+        raise FileError(f"{path} cannot be written: {reason_of(error)}") from error
 
 
 def _title(report: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.errors import InputError, MissingDependencyError, VerificationError
+from rwkv_edge.errors import FileError, InputError, MissingDependencyError, VerificationError
 from rwkv_edge.evaluation.bench_bandwidth import copy_bandwidth
 from rwkv_edge.evaluation.bench_machine import Machine
 from rwkv_edge.evaluation.bench_parity import (
@@ -120,9 +120,9 @@ def bench(artifact: Path, options: BenchOptions, start: Start | None = None) -> 
 
 
 def _check_package() -> None:
-    for name in (PACKAGE, "torch"):
+    for name, extra in ((PACKAGE, ""), ("torch", "export")):
         if importlib.util.find_spec(name) is None:
-            raise MissingDependencyError(name, "dev", "a comparison with the rwkv package")
+            raise MissingDependencyError(name, extra, "a comparison with the rwkv package")
 
 
 def _batch(artifact: Artifact, options: BenchOptions) -> int:
@@ -327,23 +327,23 @@ def check_json(path: Path) -> None:
     """Whether the figures can be written there, before they are measured.
 
     Raises:
-        InputError: they cannot.
+        FileError: they cannot.
     """
     reason = check_writable(path)
     if reason:
-        raise InputError(f"{path} cannot be written: {reason}")
+        raise FileError(f"{path} cannot be written: {reason}")
 
 
 def write_json(figures: dict[str, Any], path: Path) -> None:
     """Write figures as indented JSON, whole or not at all.
 
     Raises:
-        InputError: the file cannot be written.
+        FileError: the file cannot be written.
     """
     try:
         write_whole(path, (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {reason_of(error)}") from error
+        raise FileError(f"{path} cannot be written: {reason_of(error)}") from error
 
 
 def bytes_per_step(artifact: Artifact, batch: int) -> int | None:

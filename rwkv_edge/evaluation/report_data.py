@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_edge.artifact import MANIFEST, Artifact
-from rwkv_edge.errors import InputError
+from rwkv_edge.errors import FileError
 
 MOST_BYTES = 1 << 28  # of a JSON file; a calibration of a large model has some megabytes
 
@@ -95,11 +95,11 @@ def collect(folder: Path) -> Collected:
     """Read the artifacts in a folder's subfolders, and its JSON files.
 
     Raises:
-        InputError: it holds nothing to report, or one of its files is damaged.
+        FileError: it holds nothing to report, or one of its files is damaged.
         ArtifactError: an artifact is damaged.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give the one that holds artifacts and the JSON of eval and bench")
+        raise FileError(f"{folder} is not a folder; give the one that holds artifacts and the JSON of eval and bench")
     found = Collected(folder)
     for path in sorted(folder.iterdir()):
         if path.is_dir() and (path / MANIFEST).is_file():
@@ -107,7 +107,7 @@ def collect(folder: Path) -> Collected:
     for path in sorted(folder.glob("*.json")):
         _add_file(found, path)
     if not found.used:
-        raise InputError(f"{folder} holds nothing to report; put artifacts there, and the JSON of eval and bench")
+        raise FileError(f"{folder} holds nothing to report; put artifacts there, and the JSON of eval and bench")
     found.rows.sort(key=lambda row: (bool(row.formats), -(row.nbytes or 0), row.name))
     return found
 
@@ -133,13 +133,13 @@ def _add_file(found: Collected, path: Path) -> None:
             raise ValueError(f"it has more than {MOST_BYTES} bytes")
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({str(error)[:200]}); make it again or take it away") from error
+        raise FileError(f"{path} is damaged ({str(error)[:200]}); make it again or take it away") from error
     try:
         known = _add(found, path, data) if isinstance(data, Mapping) else False
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
+        raise FileError(
             f"{path} is not as rwkv-edge wrote it ({type(error).__name__}: {str(error)[:100]}); make it again"
         ) from error
     (found.used if known else found.ignored).append(path.name)

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
-from rwkv_edge.errors import InputError
+from rwkv_edge.errors import FileError
 from rwkv_edge.evaluation.report_data import Collected, Row, collect
 from rwkv_edge.evaluation.report_plots import (
     Ranges,
@@ -54,19 +54,19 @@ def write_report(
         The file and what it is made of.
 
     Raises:
-        InputError: there is nothing to report, a file is damaged, or the page cannot be written.
+        FileError: there is nothing to report, a file is damaged, or the page cannot be written.
     """
     found = collect(folder)
     target = target or folder / "report.html"
     reason = check_writable(target)
     if reason:
-        raise InputError(f"{target} cannot be written: {reason}")
+        raise FileError(f"{target} cannot be written: {reason}")
     histograms = ranges(found.calibration) if ranges and found.calibration else {}
     page = page_of(found, histograms)
     try:
         write_whole(target, page.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
-        raise InputError(f"{target} cannot be written: {reason_of(error)}") from error
+        raise FileError(f"{target} cannot be written: {reason_of(error)}") from error
     return target, found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.errors import ExportError, InputError, SessionError
+from rwkv_edge.errors import ExportError, FileError, InputError, SessionError
 from rwkv_edge.plugins.fused_spec import MAX_BATCH, Choice, Tuning
 from rwkv_edge.runtime.cuda import CudaSession
 
@@ -88,14 +88,14 @@ def tune_artifact(path: Path, seconds: float, progress: Progress | None = None) 
     Raises:
         ArtifactError: the artifact is damaged.
         SessionError: no GPU, or the kernels do not run this model.
-        InputError: the cache folder cannot be written.
+        FileError: the cache folder cannot be written.
     """
     session = CudaSession(Artifact.open(path))
     try:
         found = tune(session, seconds, progress)
         return found, session.keep_tuning()
     except OSError as error:
-        raise InputError(f"the cache folder cannot be written: {error}; set RWKV_EDGE_CACHE") from error
+        raise FileError(f"the cache folder cannot be written: {error}; set RWKV_EDGE_CACHE") from error
     finally:
         session.close()
 

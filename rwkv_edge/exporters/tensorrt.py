@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rwkv_edge.artifact import MANIFEST, WEIGHTS, Artifact, FileEntry, GraphEntry, Manifest, write_manifest
 from rwkv_edge.engines import MOST_CANDIDATES, EngineEntry
-from rwkv_edge.errors import ArtifactError, InputError
+from rwkv_edge.errors import ArtifactError, FileError, InputError
 from rwkv_edge.exporters.folder import disk_errors, is_running
 from rwkv_edge.exporters.trt_adapter import EngineSettings, LoadedBackend, build_engine, load_backend
 from rwkv_edge.exporters.trt_targets import check_precision, chosen_targets, chosen_wkv, device_capability
@@ -351,10 +351,10 @@ def _read_cache(path: Path | None) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         if not path.absolute().parent.is_dir():
-            raise InputError(f"the timing cache {path} cannot be written: there is no such folder") from None
+            raise FileError(f"the timing cache {path} cannot be written: there is no such folder") from None
         return b""
     except OSError as error:
-        raise InputError(f"the timing cache {path} cannot be read: {error.strerror}") from error
+        raise FileError(f"the timing cache {path} cannot be read: {error.strerror}") from error
 
 
 def _write_cache(path: Path, data: bytes) -> None:

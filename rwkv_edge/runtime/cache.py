@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from rwkv_edge.errors import InputError, StateError
+from rwkv_edge.errors import FileError, InputError, StateError
 from rwkv_edge.runtime.atomic import reason_of, remove_leftovers
 from rwkv_edge.runtime.session import checked_tokens, chunk_plan
 from rwkv_edge.runtime.snapshot import History, check_owner, read_snapshot, save_snapshot
@@ -74,7 +74,8 @@ class PromptCache:
             warn: told, in a line, of an entry that was damaged and removed, and of what could not be written.
 
         Raises:
-            InputError: the folder cannot be made, or the limit is below 0.
+            FileError: the folder cannot be made.
+            InputError: the limit is below 0.
         """
         if limit < 0:
             raise InputError(f"the size of a cache must be at least 0 bytes, not {limit}")
@@ -83,7 +84,7 @@ class PromptCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder} cannot be a folder for a cache: {reason_of(error)}") from error
+            raise FileError(f"{folder} cannot be a folder for a cache: {reason_of(error)}") from error
 
     def prefill(self, session: Session[S], tokens: Sequence[int]) -> Prefilled[S]:
         """Read a prompt from the initial state on, or from the longest part of it that is known; keep what is new.
@@ -150,7 +151,7 @@ class PromptCache:
         try:
             save_snapshot(self._path(key), session, state, [history], extra={"logits": logits.copy()})
             self.shrink(self.limit)
-        except (StateError, InputError) as error:
+        except (StateError, FileError) as error:
             self._warn(f"the cache keeps nothing of this prompt: {error}")
 
     def shrink(self, nbytes: int) -> None:
@@ -172,19 +173,19 @@ def cache_entries(folder: str | Path) -> list[CacheEntry]:
     """All entries of a cache.
 
     Raises:
-        InputError: there is no such folder.
+        FileError: there is no such folder.
     """
     try:
         return list(_entries(Path(folder)))
     except OSError as error:
-        raise InputError(f"{folder} is not the folder of a cache: {reason_of(error)}") from error
+        raise FileError(f"{folder} is not the folder of a cache: {reason_of(error)}") from error
 
 
 def clear_cache(folder: str | Path) -> int:
     """Remove all entries, and nothing else that may be in the folder; returns the bytes they took.
 
     Raises:
-        InputError: there is no such folder.
+        FileError: there is no such folder.
     """
     entries = cache_entries(folder)
     remove_leftovers(Path(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -359,6 +360,17 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert run([*command, "--batch", "2", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["batch"] == 2
+    assert run([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch"] == 1
+
+
+def test_the_package_to_compare_with_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rwkv" else find(name))
+    asked = ("bench", folder / "one", "--compare", "rwkv", "--checkpoint", folder / "one.pth")
+    assert refusal(capsys, *asked).endswith("needs the package 'rwkv': pip install rwkv")
 
 
 def test_refusals(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
