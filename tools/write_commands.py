@@ -22,9 +22,10 @@ Written by `python tools/write_commands.py` from the command line itself; a test
 
 ## Manners
 
-- **Exit codes:** 0 done; 1 the work failed, or a check did not pass; 2 an argument that cannot be meant; 130 Ctrl-C.
+- **Exit codes:** 0 done; 1 the work failed, a file is missing or damaged, or a check did not pass; 2 an argument that
+  cannot be meant; 130 Ctrl-C.
 - **Results** go to standard output, progress, notes, warnings and errors to standard error. An error is one sentence.
-- `--json` prints a report as JSON, `--quiet` leaves out progress and notes.
+- `--json` prints a report as JSON and nothing else on standard output, `--quiet` leaves out progress and notes.
 - **Progress bars** are drawn on a terminal only. There are **no colours**, with `NO_COLOR` set or without.
 - Files and folders appear when they are complete; after Ctrl-C, an error or a full disk there is nothing half-written.
 - **Completion** of commands, options and their values, in bash, zsh and fish; the line goes into the shell's start-up
@@ -33,7 +34,7 @@ Written by `python tools/write_commands.py` from the command line itself; a test
 | shell | line | file |
 | --- | --- | --- |
 | bash 4.4 or later | `eval "$(_RWKV_EDGE_COMPLETE=bash_source rwkv-edge)"` | `~/.bashrc` |
-| zsh | `eval "$(_RWKV_EDGE_COMPLETE=zsh_source rwkv-edge)"` | `~/.zshrc` |
+| zsh | `eval "$(_RWKV_EDGE_COMPLETE=zsh_source rwkv-edge)"` | `~/.zshrc`, after `autoload -Uz compinit && compinit` |
 | fish | `_RWKV_EDGE_COMPLETE=fish_source rwkv-edge \\| source` | `~/.config/fish/completions/rwkv-edge.fish` |
 """
 

@@ -1,6 +1,7 @@
 """The command line: one file a command, loaded when it is called.
 
-Exit codes: 0 done; 1 the work failed, or a check did not pass; 2 an argument that cannot be meant; 130 Ctrl-C.
+Exit codes: 0 done; 1 the work failed, a file is missing or damaged, or a check did not pass; 2 an argument that cannot
+be meant; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"rwkv_edge.cli.{cmd_name}").command
+        command.short_help = COMMANDS[cmd_name]  # that shells show beside the name
         return command
 
     def resolve_command(
@@ -90,13 +92,11 @@ def cli() -> None:
     """
 
 
-def main() -> None:
-    """Entry point: every expected failure is one sentence and an exit code."""
-    sys.exit(run())
-
-
 def run(arguments: list[str] | None = None) -> int:
-    """Run the command line with ``arguments`` (those of the process where None); returns the exit code."""
+    """Run the command line with ``arguments`` (those of the process where None); returns the exit code.
+
+    Every expected failure is one sentence.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding, a path that is not UTF-8
     try:

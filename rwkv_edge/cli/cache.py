@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, note, print_json, quiet_option, size
+from rwkv_edge.cli.common import PATH, counted, json_option, note, print_json, quiet_option, size
 
 
 @click.group("cache")
@@ -20,6 +20,7 @@ def command() -> None:
 @command.command("info")
 @click.argument("folder", metavar="DIR", type=PATH)
 @json_option
+@quiet_option
 def info(folder: Path, as_json: bool) -> None:
     """Tell how many states DIR holds and how much they take.
 
@@ -32,7 +33,7 @@ def info(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(folder), "entries": len(entries), "bytes": nbytes})
     else:
-        click.echo(f"{folder}: {len(entries)} states, {size(nbytes)}")
+        click.echo(f"{folder}: {counted(len(entries), 'state')}, {size(nbytes)}")
 
 
 @command.command("clear")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import COUNT, PATH, needs, note, quiet_option, read_text
+from rwkv_edge.cli.common import COUNT, PATH, needs, note, quiet_option, read_text, tokenizer_option
 from rwkv_edge.cli.progress import count_progress
 
 
@@ -44,7 +44,7 @@ from rwkv_edge.cli.progress import count_progress
     "--checkpoint-every", "every", type=click.IntRange(1), default=8, show_default=True, metavar="N",
     help="Windows between checkpoints; called again, a calibration that was stopped goes on from the last.",
 )  # fmt: skip
-@click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
+@tokenizer_option
 @click.option("--threads", default=0, show_default="automatic", metavar=COUNT, help="Compute threads.")
 @quiet_option
 def command(

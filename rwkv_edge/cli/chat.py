@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import COUNT, PATH, note, printable, quiet_option, say_quantized, session_options
+from rwkv_edge.cli.common import (
+    COUNT,
+    PATH,
+    note,
+    printable,
+    quiet_option,
+    say_quantized,
+    session_options,
+    tokenizer_option,
+)
 from rwkv_edge.cli.sampling import sampler_from_options, sampling_options
 from rwkv_edge.errors import InputError, RwkvEdgeError
 from rwkv_edge.runtime.chat_templates import AUTO, TEMPLATES
@@ -52,7 +61,7 @@ _PROMPT, _MORE = "\n> ", ". "
 )  # fmt: skip
 @click.option("--show-thinking", is_flag=True, help="Print thoughts too.")
 @click.option("--load", type=PATH, metavar="FILE", help="Go on with a conversation that /save kept.")
-@click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
+@tokenizer_option
 @sampling_options
 @session_options
 @quiet_option

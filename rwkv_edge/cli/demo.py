@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, byte_progress, needs, note, quiet_option, size
+from rwkv_edge.cli.common import PATH, byte_progress, needs, note, program, quiet_option, size
 from rwkv_edge.errors import VerificationError
 
 
@@ -45,6 +45,6 @@ def command(output: Path, seed: int) -> None:
     note(
         f"\n{len(pieces.tokens)} bytes at {pieces.tokens_per_second:.0f} tokens/s; "
         f"state {size(manifest.spec.state_nbytes)}, whatever the length\n"
-        f'next: rwkv-edge generate {output} "To be, or not to be" --temperature 0.8',
+        f'next: {program()} generate {output} "To be, or not to be" --temperature 0.8',
         err=False,
     )

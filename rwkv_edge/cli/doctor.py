@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import json_option, print_json, printable, size
+from rwkv_edge.cli.common import json_option, print_json, printable, quiet_option, size
 
 if TYPE_CHECKING:
     from rwkv_edge.evaluation.doctor import Ability, Diagnosis
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("doctor")
 @json_option
+@quiet_option
 def command(as_json: bool) -> None:
     """Tell what can be built and run here, what is missing, and the line that installs it.
 
@@ -47,8 +48,9 @@ def _lines(found: Diagnosis) -> list[str]:
     lines += ["builds engines", *_ability_lines(found.builds)]
     if found.lacking:
         lines.append("missing")
+    width = max((len(entry["install"]) for entry in found.lacking), default=0)
     for entry in found.lacking:
-        lines.append(f"  {entry['install']}   # {entry['purpose']}: {', '.join(entry['missing'])}")
+        lines.append(f"  {entry['install']:<{width}}   # {entry['purpose']}: {', '.join(entry['missing'])}")
     return lines + [f"warning: {sentence}" for sentence in found.warnings]
 
 

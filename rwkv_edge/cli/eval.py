@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, printable, quiet_option, read_text, session_options
+from rwkv_edge.cli.common import (
+    PATH,
+    json_option,
+    print_json,
+    printable,
+    quiet_option,
+    read_text,
+    session_options,
+    tokenizer_option,
+)
 from rwkv_edge.cli.progress import count_progress
 
 if TYPE_CHECKING:
@@ -41,7 +50,7 @@ FLATTERS = 0.01  # share of a text that may be common with the calibration's by 
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Score only so many tokens of the text.")
 @click.option("--samples", type=click.IntRange(1), metavar="N", help="Score only so many passages of LAMBADA.")
 @click.option("--begin", is_flag=True, help="Feed the end-of-text token before every passage of LAMBADA.")
-@click.option("--tokenizer", metavar="NAME|FILE", help="Instead of the artifact's: world, bytes, or a tokenizer.json.")
+@tokenizer_option
 @session_options
 @json_option
 @quiet_option

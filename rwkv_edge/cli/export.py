@@ -6,7 +6,18 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, Batch, adapter_options, byte_progress, needs, note, quiet_option, read_text, size
+from rwkv_edge.cli.common import (
+    PATH,
+    Batch,
+    Suggested,
+    adapter_options,
+    byte_progress,
+    needs,
+    note,
+    quiet_option,
+    read_text,
+    size,
+)
 from rwkv_edge.cli.engines import add_engines, engine_options, planned_engines
 from rwkv_edge.cli.progress import count_progress
 
@@ -40,7 +51,7 @@ from rwkv_edge.cli.progress import count_progress
     help="Halve the residual stream every N layers; 0 never.  [default: 6 in fp16 of RWKV-4 to 6]",
 )  # fmt: skip
 @click.option(
-    "--tokenizer", metavar="NAME|FILE",
+    "--tokenizer", type=Suggested("world", "bytes", "none"), metavar="NAME|FILE",
     help="world, bytes, none, or a tokenizer.json.  [default: by the vocabulary size]",
 )  # fmt: skip
 @adapter_options

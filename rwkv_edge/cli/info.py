@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, printable, size
+from rwkv_edge.cli.common import PATH, json_option, print_json, printable, quiet_option, size
 
 
 @click.command("info")
 @click.argument("path", type=PATH)
 @json_option
 @click.option("--no-probe", is_flag=True, help="Do not measure this machine's memory bandwidth (half a second).")
+@quiet_option
 def command(path: Path, as_json: bool, no_probe: bool) -> None:
     """Tell what PATH is: a checkpoint (file or Hugging Face folder), an adapter, a tuned state, or an artifact.
 

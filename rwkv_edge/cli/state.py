@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rwkv_edge.cli.common import PATH, json_option, print_json, printable, size
+from rwkv_edge.cli.common import PATH, json_option, print_json, printable, quiet_option, size
 
 if TYPE_CHECKING:
     from rwkv_edge.runtime.state_facts import TensorDifference
@@ -26,6 +26,7 @@ def command() -> None:
 @command.command("info")
 @click.argument("file", type=PATH)
 @json_option
+@quiet_option
 def info(file: Path, as_json: bool) -> None:
     """Tell what the snapshot FILE holds.
 
@@ -46,6 +47,7 @@ def info(file: Path, as_json: bool) -> None:
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
 @json_option
+@quiet_option
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Compare snapshots A and B tensor by tensor.
 

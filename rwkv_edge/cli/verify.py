@@ -7,7 +7,16 @@ from pathlib import Path
 
 import click
 
-from rwkv_edge.cli.common import PATH, adapter_options, json_option, needs, print_json, read_text, session_options
+from rwkv_edge.cli.common import (
+    PATH,
+    adapter_options,
+    json_option,
+    needs,
+    print_json,
+    quiet_option,
+    read_text,
+    session_options,
+)
 
 
 @click.command("verify")
@@ -23,6 +32,7 @@ from rwkv_edge.cli.common import PATH, adapter_options, json_option, needs, prin
 @adapter_options
 @session_options
 @json_option
+@quiet_option
 @click.pass_context
 def command(
     ctx: click.Context,

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,16 +18,14 @@ import click
 import pytest
 from tiny import process, write_artifact, write_checkpoint
 
-from rwkv_edge.cli import cli, run
+from rwkv_edge.cli import COMMANDS, cli, run
+from rwkv_edge.cli.common import program
 
 REPORTING = {
     "bench", "cache clear", "cache info", "doctor", "eval", "info", "sensitivity", "soak", "state diff", "state info",
     "verify",
 }  # fmt: skip
 """Their result is what they print."""
-
-WITHOUT_NOTES = {"cache info", "doctor", "info", "state diff", "state info", "verify"}
-"""These print results and no progress, so --quiet would change nothing."""
 
 HEAVY = (
     "numpy",
@@ -86,8 +85,9 @@ def test_reports_can_be_json() -> None:
     assert {name for name, command in LEAVES.items() if "--json" in options_of(command)} >= REPORTING
 
 
-def test_whatever_prints_notes_can_be_quiet() -> None:
-    assert {name for name, command in LEAVES.items() if "--quiet" not in options_of(command)} <= WITHOUT_NOTES
+def test_every_command_can_be_quiet() -> None:
+    """Those without notes too: a script passes -q wherever it likes."""
+    assert not [name for name, command in LEAVES.items() if not {"-q", "--quiet"} <= options_of(command)]
 
 
 def test_quiet_leaves_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,9 +151,43 @@ def test_completion_knows_commands_and_options() -> None:
     assert completed(words).stdout == "plain,fp32\nplain,fp16\n"
 
 
+def test_completion_suggests_names_and_then_files() -> None:
+    words = {"_RWKV_EDGE_COMPLETE": "bash_complete", "COMP_WORDS": "rwkv-edge chat --tokenizer ", "COMP_CWORD": "3"}
+    assert completed(words).stdout == "plain,world\nplain,bytes\n"
+    words["COMP_WORDS"] += "my"
+    assert completed(words).stdout == "file,my\n"
+    words["COMP_WORDS"] = "rwkv-edge bench --provider nv"
+    assert completed(words).stdout == "plain,nv-tensorrt-rtx\n"
+
+
+def test_completion_tells_what_commands_are_for() -> None:
+    words = {"_RWKV_EDGE_COMPLETE": "fish_complete", "COMP_WORDS": "rwkv-edge ", "COMP_CWORD": ""}
+    assert completed(words).stdout == "".join(f"plain,{name}\t{text}\n" for name, text in COMMANDS.items())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_loads_the_completion_and_completes(tmp_path: Path) -> None:
+    """As bash calls it: the function that was registered, with the command's name first."""
+    program = tmp_path / "rwkv-edge"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m rwkv_edge "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    script = (
+        'eval "$(_RWKV_EDGE_COMPLETE=bash_source rwkv-edge)"\ncomplete -p rwkv-edge\n'
+        "COMP_WORDS=(rwkv-edge export --precision f) COMP_CWORD=3\n_rwkv_edge_completion rwkv-edge f --precision\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], capture_output=True, text=True, timeout=60, env=os.environ | path
+    )
+    if "Bash version" in done.stderr:
+        pytest.skip("click found no bash of version 4.4")
+    assert done.stdout == "complete -o nosort -F _rwkv_edge_completion rwkv-edge\nfp32 fp16\n", done.stderr
+
+
 def completed(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from rwkv_edge.cli import main; main()"],
+        [sys.executable, "-m", "rwkv_edge"],
         capture_output=True, text=True, timeout=60, env=os.environ | environment,
     )  # fmt: skip
 
@@ -197,6 +231,32 @@ def test_commands_that_show_nothing_but_errors_end_with_their_codes(capsys: pyte
     assert printed.out == ""
     assert printed.err.startswith("Error: ")
     assert run(["generate", "--no-such-option"]) == 2
+
+
+def test_ctrl_c_while_modules_are_read(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt\n", encoding="utf-8")
+    paths = os.pathsep.join((str(tmp_path), *sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkv_edge", "doctor"], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "expected"),
+    [
+        (".venv/bin/rwkv-edge", False, ".venv/bin/rwkv-edge"),
+        (".venv/bin/rwkv-edge", True, "rwkv-edge"),
+        ("/site-packages/rwkv_edge/__main__.py", False, f"{Path(sys.executable).name} -m rwkv_edge"),
+    ],
+)
+def test_what_is_told_to_be_typed_next_can_be_typed(
+    called: str, on_path: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called, "demo"])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if on_path else None)
+    assert program() == expected
 
 
 def test_a_misspelt_command_is_answered_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
