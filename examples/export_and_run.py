@@ -40,4 +40,4 @@ def main(checkpoint: str, artifact: str, prompt: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:4]) if len(sys.argv) == 4 else sys.exit(__doc__)

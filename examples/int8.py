@@ -41,4 +41,4 @@ def main(artifact: str, corpus: str, book: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:5]) if len(sys.argv) == 5 else sys.exit(__doc__)

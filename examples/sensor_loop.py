@@ -44,4 +44,4 @@ def main(artifact: str, snapshot: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:3]) if len(sys.argv) == 3 else sys.exit(__doc__)

@@ -56,4 +56,4 @@ def main(url: str, model: str, artifact: str, prompt: str, count: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:6])
+    main(*sys.argv[1:6]) if len(sys.argv) == 6 else sys.exit(__doc__)

@@ -36,4 +36,4 @@ def main(checkpoint: str, tuned: str, artifact: str, prompt: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:5]) if len(sys.argv) == 5 else sys.exit(__doc__)

@@ -43,6 +43,14 @@ def test_all_of_them_are_short_and_tested() -> None:
     assert max(text.count("\n") for text in found.values()) < 60
 
 
+@pytest.mark.parametrize("name", sorted(RUN_HERE | RUN_ELSEWHERE))
+def test_without_arguments_they_say_how_they_are_called(name: str) -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"python examples/{name}.py " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_export_and_run(tmp_path: Path) -> None:
     out, _ = ran("export_and_run", DEMO_CHECKPOINT, tmp_path / "artifact", "The sea is")
     assert out.startswith("RWKV-7, ")
