@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -29,6 +30,21 @@ def built(kind: str, source: Path, target: Path) -> Path:
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return target / done.stdout.splitlines()[-1]
+
+
+def test_the_source_archive_holds_what_the_tests_need(tmp_path: Path) -> None:
+    """Helpers of the tests, pages, scripts: all that git knows but its own files."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or importlib.util.find_spec("setuptools") is None:
+        pytest.skip("no git checkout, or no setuptools")
+    known = {name for name in listed.stdout.splitlines() if name[0] != "." and (ROOT / name).is_file()}
+    for name in known:
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / "clone" / name)
+    with tarfile.open(built("build_sdist", tmp_path / "clone", tmp_path)) as opened:
+        held = {member.name.partition("/")[2] for member in opened.getmembers()}
+    assert {"tests/conftest.py", "MANIFEST.in"} < known
+    assert known <= held
 
 
 @pytest.fixture(scope="module")
