@@ -53,7 +53,8 @@ def hub_path(path: str | Path) -> HubPath:
     """
     found = _FORM.fullmatch(_PREFIX.sub("", str(path), count=1).rstrip("/"))
     if not found:
-        raise InputError(f"a checkpoint on the hub is hf://OWNER/NAME[@REVISION][/FILE], not '{path}'")
+        written = _PREFIX.sub("hf://", str(path), count=1)  # a path has lost a slash
+        raise InputError(f"a checkpoint on the hub is hf://OWNER/NAME[@REVISION][/FILE], not '{written}'")
     return HubPath(found["repo"], unquote(found["revision"] or "main"), found["file"])
 
 

@@ -126,7 +126,7 @@ REFUSED = {
     "hf://owner/text": r"hf://owner/text holds no weights",
     "hf://owner/locked/model.pth": r"asks who wants it: accept its terms at http.*/owner/locked, then run 'hf auth",
     "hf://owner/many/README.md": r"README.md should end in .pth",
-    "hf://owner": r"a checkpoint on the hub is hf://OWNER/NAME\[@REVISION\]\[/FILE\], not 'hf:/owner'",
+    "hf://owner": r"a checkpoint on the hub is hf://OWNER/NAME\[@REVISION\]\[/FILE\], not 'hf://owner'",
     "hf://owner/a--b/x.pth": r"hf://owner/a--b/x.pth is no name on the hub",
 }
 

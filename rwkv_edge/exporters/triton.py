@@ -90,7 +90,9 @@ def write_repository(
     artifact.check_content(*files.values())
     nbytes = sum(artifact.manifest.files[source].nbytes for source in files.values())
     with disk_errors(target):
-        taken = target.exists()
+        taken, is_folder = target.exists(), repository.is_dir() or not repository.exists()
+    if not is_folder:
+        raise ArtifactError(f"{repository} is a file; a model repository is a folder")
     if taken:
         raise ArtifactError(f"{target} exists already; remove it, or choose another name with --name")
     states = _initial_states(artifact.manifest.spec, initial)

@@ -210,7 +210,7 @@ def test_what_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str
     wide = write_artifact(tmp_path / "wide", 0, "--batch", "3")
     assert "wide has batch 3, but the server adds the batch itself" in refusal(capsys, "triton", wide, "-o", models)
     (tmp_path / "file").touch()
-    assert "file/artifact cannot be written: File exists" in refusal(
+    assert "file is a file; a model repository is a folder" in refusal(
         capsys, "triton", artifact, "-o", tmp_path / "file"
     )
     assert content(models) == before
