@@ -98,13 +98,18 @@ class SoakReport:
 
     def to_text(self) -> str:
         """A few lines for a terminal."""
-        growth = "unknown" if self.rss_growth_mb is None else f"{self.rss_growth_mb:+.2f} MB"
-        drift = "no reference" if self.drift is None else f"{self.drift:.3g} from float64, tolerance {self.tolerance:g}"
+        few = f"not judged: that takes more than {WARM_UP} checkpoints"
+        growth = few if self.rss_growth_mb is None else f"{self.rss_growth_mb:+.2f} MB after the warm-up"
+        drift = (
+            "not judged: that takes a reference"
+            if self.drift is None
+            else f"{self.drift:.3g} from float64, tolerance {self.tolerance:g}"
+        )
         nonfinite = "none" if self.nonfinite_at is None else f"after token {self.nonfinite_at}"
         return (
             f"{'passed' if self.passed else 'FAILED'}: {self.tokens} tokens ({self.source}), "
             f"{self.tokens_per_second:.0f} tokens/s\n"
-            f"  memory         {growth} after the warm-up\n"
+            f"  memory         {growth}\n"
             f"  NaN, infinity  {nonfinite}\n"
             f"  largest drift  {drift}"
         )

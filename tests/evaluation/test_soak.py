@@ -124,6 +124,8 @@ def test_nan_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (report.nonfinite_at, report.passed, report.tokens) == (4, False, 4)
     assert not (tmp_path / "state").exists()
     assert "NaN, infinity  after token 4" in report.to_text()
+    assert "memory         not judged: that takes more than 3 checkpoints" in report.to_text()
+    assert "largest drift  not judged: that takes a reference" in report.to_text()
 
 
 def test_growth_of_memory() -> None:
