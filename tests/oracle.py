@@ -75,10 +75,10 @@ class Oracle:
     def steps(self, tokens: list[int], state: Any = None) -> tuple[np.ndarray, Any]:
         """Logits [T, V] of every token, one step each, and the package's state."""
         rows = []
-        for token in tokens:
-            with _environment(self._switch), _quiet():
+        with _environment(self._switch), _quiet():
+            for token in tokens:
                 logits, state = self._model.forward([token], state)
-            rows.append(logits.float().numpy().copy())
+                rows.append(logits.float().numpy().copy())
         return np.stack(rows), state
 
     def sequence(self, tokens: list[int], state: Any = None) -> tuple[np.ndarray, Any]:

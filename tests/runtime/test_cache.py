@@ -75,16 +75,16 @@ def check(session: OrtSession, cache: PromptCache, tokens: list[int]) -> int:
 # The same bits
 
 
-@pytest.mark.parametrize("name", ["one", "short", "half", "tuned"])
-def test_prompts_with_a_common_beginning(name: str, artifacts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "count"), [("one", 25), ("short", 25), ("half", 8), ("tuned", 25)])
+def test_prompts_with_a_common_beginning(name: str, count: int, artifacts: Path, tmp_path: Path) -> None:
     session, cache = opened(artifacts / name), silent(tmp_path)
     rng = np.random.default_rng(1)
     reused = []
-    for _ in range(25):
+    for _ in range(count):
         kept, added = int(rng.integers(0, 300)), int(rng.integers(1, 40))
         reused.append(check(session, cache, TEXT[:kept] + [int(t) for t in rng.integers(0, 256, added)]))
-    assert sum(number > 0 for number in reused) > 10
-    for length in (1, 15, 16, 17, 64, 65, 80, 128, 300):
+    assert sum(number > 0 for number in reused) > 0.4 * count
+    for length in (1, 15, 16, 17, 64, 65, 80, 128):
         check(session, cache, TEXT[:length])
         assert check(session, cache, TEXT[:length]) == length
 

@@ -107,12 +107,12 @@ def test_forks_and_imports_go_their_own_way(artifact: Path, captured: bool) -> N
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_streams_of_a_pool_come_and_go(artifact: Path, captured: bool) -> None:
-    """The same hundred random changes in a pool over either memory."""
-    found = []
+    """The same random changes in a pool over either memory; the CPU takes its time for 16 bits."""
+    found, changes = [], 100 if "fp32" in str(artifact) else 40
     for session in (open_session(artifact, threads=1), on_device(artifact, captured)):
         rng, pool, logits = np.random.default_rng(0), StatePool(session, 5), []
         streams = [pool.open()]
-        for _ in range(100):
+        for _ in range(changes):
             action = rng.integers(0, 6)
             if action == 0 and len(streams) < 5:
                 streams.append(pool.open())
@@ -130,7 +130,7 @@ def test_streams_of_a_pool_come_and_go(artifact: Path, captured: bool) -> None:
                 logits += [stepped[s] for s in chosen]
         logits += [array for s in streams for array in pool.export(s).values()]
         found.append(logits)
-    assert len(found[0]) == len(found[1]) > 100
+    assert len(found[0]) == len(found[1]) > changes
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 

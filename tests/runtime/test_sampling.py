@@ -48,20 +48,20 @@ def assert_distribution(counts, expected):
 @pytest.mark.parametrize("size", [2, 30, 600])  # 600: more than one block of the running sum
 def test_distribution_at_a_temperature(size, temperature):
     logits = random_logits(1, size, scale=1.0)
-    assert_distribution(draw(logits, 20000, temperature=temperature), softmax(logits / temperature))
+    assert_distribution(draw(logits, 8000, temperature=temperature), softmax(logits / temperature))
 
 
 def test_distribution_of_a_truncated_vocabulary():
     logits = random_logits(2, 50)
     expected = np.where(np.isin(np.arange(50), kept_tokens(weights_of(logits), 20, 0.9, 0.02)), softmax(logits), 0) ** 2
     assert np.count_nonzero(expected) in range(3, 20)
-    counts = draw(logits, 20000, temperature=0.5, top_k=20, top_p=0.9, min_p=0.02)
+    counts = draw(logits, 8000, temperature=0.5, top_k=20, top_p=0.9, min_p=0.02)
     assert_distribution(counts, expected / expected.sum())
 
 
 def test_distribution_of_a_large_vocabulary():
     logits = random_logits(3, 65536, scale=1.0)
-    counts = draw(logits, 20000)
+    counts = draw(logits, 8000)
     order = np.argsort(-logits)  # in 64 groups from probable to improbable
     groups = np.add.reduceat(counts[order], np.arange(0, 65536, 1024))
     assert_distribution(groups, np.add.reduceat(softmax(logits)[order], np.arange(0, 65536, 1024)))
