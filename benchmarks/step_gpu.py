@@ -65,7 +65,7 @@ TARGETS = {
 }
 """Seconds of a step that the fused kernels were made for, on an H100: the floor, not the aim."""
 
-TOLERANCE = {ORT: 5e-2, ALBATROSS: 5e-2, FUSED: 5e-3}
+TOLERANCE = {ORT: 5e-2, ALBATROSS: 1e-1, FUSED: 5e-3}
 """Relative, against float64 with the same rounded weights. Activations of ONNX Runtime and Albatross are fp16: the
 rounding of every node to 11 bits goes through up to 32 random layers, and eager torch in fp16 is 1.2e-2 off at 0.4B as
 well; Albatross keeps the state in fp16 too, with dithered decays. The fused kernels keep activations and the state's
@@ -75,7 +75,7 @@ WIDE_TOLERANCE = 2e-2
 """Of the fused kernels in prompts and batches, where tensor cores take activations in fp16 as well."""
 
 GREEN = "green"
-PARITY_TOKENS, PARITY_STREAM_TOKENS = 16, 4
+PARITY_TOKENS, PARITY_STREAM_TOKENS = 16, 5
 SLOW_RUNS = 3  # turns of batches and prompts
 HEADER = (
     "model", "engine", "limit ms", "step ms", "share of limit", "tokens/s", "sampled ms", "call ms", "Albatross / step",
@@ -107,6 +107,7 @@ def main() -> None:
         "albatross": f"rwkv-quant-nv {albatross.version_of(folder)}" if folder else None,
         "prepared_s": time.perf_counter() - start,
     }
+    figures["tuned"] = f"{' and '.join(options.tune)}, {options.tune_seconds:g} s each" if options.tune else "none"
     title = f"RWKV-7 decode and prefill, random weights, {figures['gpu']}; copies {bandwidth / 1e9:.0f} GB/s"
     for size in sizes:
         figures[size] = measured(size, options, folder, bandwidth)
@@ -117,10 +118,14 @@ def main() -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """--sizes, --forms, --albatross, --onnxruntime, --provider, --layers, --workers."""
+    """--sizes, --forms, --tune, --tune-seconds, --albatross, --onnxruntime, --provider, --layers, --workers."""
     forms = (FLOAT, *SCHEMES)
     parser.add_argument("--sizes", nargs="*", default=OFFICIAL, choices=SHAPES, help="models")
     parser.add_argument("--forms", nargs="*", default=forms, choices=forms, help="weights that our kernels run")
+    parser.add_argument(
+        "--tune", nargs="*", default=(), choices=forms, help="forms that are tuned before they are timed"
+    )
+    parser.add_argument("--tune-seconds", type=float, default=60, help="of the search for each size and form")
     parser.add_argument("--albatross", type=Path, help="wheel of rwkv-quant-nv, or the folder it was unpacked into")
     parser.add_argument("--onnxruntime", nargs="*", default=OFFICIAL[:3], choices=SHAPES, help="sizes that it runs")
     parser.add_argument("--provider", default="cuda", help="execution provider of ONNX Runtime; cpu: no GPU at all")
@@ -152,7 +157,8 @@ def openings(size: str, options: argparse.Namespace, folder: Path | None) -> Ite
     """Name, form of the weights and how to open it, of every engine that runs a size."""
     for form in options.forms:
         artifact = place_of(size, options.layers, form, options.work)
-        yield form_name(form), form, functools.partial(fused_engine, artifact)
+        seconds = options.tune_seconds if form in options.tune else 0
+        yield form_name(form), form, functools.partial(fused_engine, artifact, seconds)
     if folder is not None:
         checkpoint = checkpoint_place(size, options.layers, options.work)
         yield ALBATROSS, FLOAT, functools.partial(albatross_engine, folder, checkpoint)

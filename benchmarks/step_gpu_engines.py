@@ -17,6 +17,7 @@ import torch
 from common import relative
 
 from rwkv_edge.artifact import Artifact
+from rwkv_edge.evaluation.tune import tune
 from rwkv_edge.plugins.fused_spec import Choice, Tuning
 from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.cuda_state import CudaState
@@ -79,9 +80,14 @@ def onnxruntime_engine(artifact: Path, provider: str) -> Iterator[Engine]:
 
 
 @contextlib.contextmanager
-def fused_engine(artifact: Path) -> Iterator[Engine]:
-    """'step_s' is one of many in a row, each with the greedy choice of the one before it; so is 'batch_s'."""
+def fused_engine(artifact: Path, tuning_seconds: float = 0) -> Iterator[Engine]:
+    """'step_s' is one of many in a row, each with the greedy choice of the one before it; so is 'batch_s'.
+
+    ``tuning_seconds``: of the search for the fastest choices, as `rwkv-edge tune` does it; 0: none.
+    """
     session = CudaSession(Artifact.open(artifact), check_content=False)
+    if tuning_seconds:
+        tune(session, tuning_seconds)
     state, streams, call = session.initial_state(), session.initial_state(STREAMS), _caller(session)
     drawing = session.initial_state()
     yield Engine(
@@ -144,23 +150,24 @@ class Expected:
 def differences(engine: Engine, expected: Expected) -> dict[str, float]:
     """How far the engine is from the reference: by steps, as a prompt, and in a batch of `STREAMS`.
 
-    'batch' is the norm of all differences over that of all logits; one stream in another's place makes it 0.2. A few of
-    many random streams are so ill-conditioned that rounding to fp16 alone moves single logits by a tenth of the
-    largest, in every engine; 'largest in batch' says by how much.
+    'batch' is that of the stream whose median over the tokens is largest. Among hundreds of tokens from a state of
+    zeros there are a few at which a head's k·r nearly vanishes: rounding to fp16 turns its sign, group norm makes it
+    large again, and logits move by a tenth and more, in every engine. 'largest in batch' says by how much.
     """
     tokens, logits = expected.one
     found = {"steps": relative(stepped(engine, tokens), logits)}
     found["prefill"] = relative(engine.prefill(tokens.T, engine.fresh(1)), logits[-1])
     if "batch_s" in engine.slow:
         logits = stepped(engine, expected.streams[0])
-        found["batch"] = relative_norm(logits, expected.streams[1])
+        found["batch"] = worst_stream(logits, expected.streams[1])
         found[LARGEST] = relative(logits, expected.streams[1])
     return found
 
 
-def relative_norm(found: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the differences over the norm of ``expected``."""
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def worst_stream(found: np.ndarray, expected: np.ndarray) -> float:
+    """[T, B, V] → the largest of the streams' medians, over their tokens, of the relative difference of logits."""
+    differences = np.abs(found - expected).max(2) / np.abs(expected).max(2)
+    return float(np.median(differences, 0).max())
 
 
 def stepped(engine: Engine, tokens: np.ndarray) -> np.ndarray:

@@ -24,15 +24,6 @@ LARGE = Tuning(
     time_mix_in=Choice(64, ahead=24, threads=512), time_mix_out=Choice(32, 4), channel_mix_in=Choice(64),
     channel_mix_out=Choice(128, 8), head=Choice(128), skip=True,
 )  # fmt: skip
-SMALL_INT8 = Tuning(
-    time_mix_in=Choice(32, ahead=4), time_mix_out=Choice(32, 2, ahead=8, threads=128),
-    channel_mix_in=Choice(64, threads=128), channel_mix_out=Choice(16, 8, ahead=4, threads=512), head=Choice(128),
-    skip=False,
-)  # fmt: skip
-LARGE_INT8 = Tuning(
-    time_mix_in=Choice(64, ahead=24, threads=512), time_mix_out=Choice(32, 4, ahead=4, threads=512),
-    channel_mix_in=Choice(64, ahead=32), channel_mix_out=Choice(64, 4), head=Choice(128), skip=True,
-)  # fmt: skip
 
 
 WIDE_FROM = 5
@@ -42,8 +33,9 @@ of matrix-vector products, that grows with the streams, reaches at four to five 
 
 def default_tuning(dimensions: Dimensions, stored: Mapping[str, Stored]) -> Tuning:
     """The choices that were fastest on an H100; sources: `rwkv-edge tune`, `benchmarks/wide_gpu.py`."""
-    int8 = {how.form for how in stored.values()} == {"int8"}
-    found = (SMALL_INT8 if int8 else SMALL) if dimensions.width < WIDE else LARGE_INT8 if int8 else LARGE
+    found = SMALL
+    if dimensions.width >= WIDE:
+        found = dataclasses.replace(LARGE, eager=not any(how.form == "int4" for how in stored.values()))
     return found if dimensions.dtype == "float32" else dataclasses.replace(found, wide_from=WIDE_FROM)
 
 
