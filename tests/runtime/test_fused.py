@@ -126,9 +126,15 @@ def apart(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8, 9])
-def test_steps(sessions: tuple[CudaSession, OrtSession, float], batch: int) -> None:
-    session, oracle, tolerance = sessions
+def test_steps(sessions: tuple[CudaSession, OrtSession, float], request: pytest.FixtureRequest) -> None:
+    """Without a GPU no storage form has kernels of its own for a number of streams."""
+    where, _, precision = request.node.callspec.params["sessions"]
+    few = (1, 3, 9) if precision == "fp32" else (1, 9)
+    for batch in (1, 2, 3, 8, 9) if where == "gpu" else few:
+        assert_steps(*sessions, batch)
+
+
+def assert_steps(session: CudaSession, oracle: OrtSession, tolerance: float, batch: int) -> None:
     arrays = random_state(oracle, batch)
     state, expected_state = session.import_state(arrays), oracle.import_state(arrays)
     tokens = np.random.default_rng(2).integers(0, session.spec.vocab_size, (COUNT, batch))
