@@ -92,7 +92,7 @@ def test_repeated_artifacts_are_those_of_the_whole_model(scripts: dict[str, Modu
 
 
 def test_step_gpu(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run("step_gpu", *STEP, "--onnxruntime", "tiny")["tiny"]
+    found = run("step_gpu", *STEP, "--onnxruntime", "tiny", "--tune", "W8", "--tune-seconds", "0.1")["tiny"]
     names = ["fused kernels", "fused kernels W8", "fused kernels W4", "ONNX Runtime"]
     assert [name for name in found if name.startswith(("fused", "ONNX"))] == names
     for name in names:

@@ -3,11 +3,12 @@
 Every buffer is an allocation of its own, so that an overrun is seen. All versions in fp16, RWKV-7 in int8 and int4 too.
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/plugins/sanitize_sessions.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python tests/plugins/sanitize_sessions.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/plugins/sanitize_sessions.py 7 7a w8
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,19 +55,26 @@ def exercise(artifact: Path) -> None:
     session.close()
 
 
+def artifact_of(name: str, folder: Path) -> Path:
+    """A model in fp16, or RWKV-7 in a scheme; made once."""
+    artifact = folder / name
+    if artifact.exists():
+        return artifact
+    if name in SCHEMES:
+        quantize_artifact(artifact_of("7", folder), artifact, QuantizeOptions(SCHEMES[name]))
+    else:
+        checkpoint = save_pth(MODELS[name](), folder / f"{name}.pth")
+        options = ExportOptions(precision="fp16", chunks=(), batch=None, tokenizer="none")
+        export_checkpoint(open_checkpoint(checkpoint), artifact, options)
+    return artifact
+
+
 def main() -> None:
-    """All models, one after another."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for version, weights in MODELS.items():
-            checkpoint = save_pth(weights(), folder / f"{version}.pth")
-            options = ExportOptions(precision="fp16", chunks=(), batch=None, tokenizer="none")
-            export_checkpoint(open_checkpoint(checkpoint), folder / version, options)
-            exercise(folder / version)
-        for scheme, how in SCHEMES.items():
-            quantize_artifact(folder / "7", folder / scheme, QuantizeOptions(how))
-            exercise(folder / scheme)
-    print(f"{len(MODELS) + len(SCHEMES)} models done")
+    """The models named, or all, one after another."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sys.argv[1:] or (*MODELS, *SCHEMES):
+            exercise(artifact_of(name, Path(folder)))
+            print(f"{name} done", flush=True)
 
 
 if __name__ == "__main__":
