@@ -125,7 +125,8 @@ def test_extreme_decays(version: str, slow: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precisions(precision: str, checkpoint: Path, session: OrtSession, tmp_path: Path) -> None:
-    half = exported_session(checkpoint, tmp_path / "artifact", precision=precision, rescale=0, **DYNAMIC)
+    options: dict[str, object] = {"precision": precision, "rescale": 0, "batch": None, "chunks": (5, 64)}
+    half = exported_session(checkpoint, tmp_path / "artifact", **options)
     tokens = np.array([random_tokens(150, 256, row) for row in range(2)])
     expected = session.prefill(tokens, session.initial_state(2))
     found = half.prefill(tokens, half.initial_state(2))
