@@ -29,7 +29,11 @@ TEXTS = [
     "It was the best of times, it was the worst of\n times",  # white space before the last word
     "Wie heißt du? Ich heiße Jürgen",
 ]
-GRAPHS = {"steps": ("--chunk", "0"), "chunks": ("--chunk", "16", "--chunk", "64"), "scored": ("--chunk", "16", "--all-logits")}
+GRAPHS = {
+    "steps": ("--chunk", "0"),
+    "chunks": ("--chunk", "16", "--chunk", "64"),
+    "scored": ("--chunk", "16", "--all-logits"),
+}
 
 
 def jsonl(*texts: str) -> str:
