@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ class Driver:
         self._pinned: set[int] = set()
         self._graphs: set[Graph] = set()
         self._events: set[Event] = set()
+        self._capturing = False
+        self._given_up: list[Callable[[], None]] = []
 
     @property
     def stream(self) -> int:
@@ -76,6 +79,8 @@ class Driver:
 
     def free(self, *pointers: int) -> None:
         """Give memory back, once nothing uses it any more; after `close` there is nothing left to do."""
+        if self.waits(partial(self.free, *pointers)):
+            return
         if pointers and self._memory.issuperset(pointers):
             self.synchronize()
         for pointer in self._memory.intersection(pointers):
@@ -116,6 +121,8 @@ class Driver:
 
     def free_pinned(self, *arrays: np.ndarray) -> None:
         """Give pinned bytes back, once nothing uses them any more; after `close` there is nothing left to do."""
+        if self.waits(partial(self.free_pinned, *arrays)):
+            return
         pointers = self._pinned.intersection(array.ctypes.data for array in arrays)
         if pointers:
             self.synchronize()
@@ -185,15 +192,30 @@ class Driver:
         graph = Graph(self)
         mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self._stream, mode)
+        self._capturing = True
         try:
             yield graph
         except BaseException:
             self._api.cuStreamEndCapture(self._stream)
             raise
-        recorded = self._call("cuStreamEndCapture", self._stream)
+        else:
+            recorded = self._call("cuStreamEndCapture", self._stream)
+        finally:
+            self._capturing = False
+            while self._given_up:
+                self._given_up.pop(0)()
         graph.executable = self._call("cuGraphInstantiate", recorded, 0)
         self._graphs.add(graph)
         self._call("cuGraphDestroy", recorded)
+
+    def waits(self, release: Callable[[], None]) -> bool:
+        """Whether a release must wait for a capture to end, which it would spoil: then it is done afterwards.
+
+        The collector of garbage may drop a state at any moment.
+        """
+        if self._capturing:
+            self._given_up.append(release)
+        return self._capturing
 
     def event(self) -> Event:
         """A mark for the stream; see `Event`."""
@@ -288,7 +310,7 @@ class Graph:
 
     def close(self) -> None:
         """Give its memory back."""
-        if self.executable is not None:
+        if self.executable is not None and not self._driver.waits(self.close):
             self._driver._call("cuGraphExecDestroy", self.executable)
             self._driver._graphs.discard(self)
             self.executable = None
@@ -318,7 +340,7 @@ class Event:
 
     def close(self) -> None:
         """Give it back; more than once does no harm."""
-        if self._handle is not None:
+        if self._handle is not None and not self._driver.waits(self.close):
             self._driver._call("cuEventDestroy", self._handle)
             self._driver._events.discard(self)
             self._handle = None
