@@ -129,7 +129,8 @@ def kernels_gpu(f: Figures) -> Iterator[Line]:
     for model in models[-1:]:
         shares = {name: kind.get("alone_share_of_copy") for name, kind in f[model].items() if isinstance(kind, dict)}
         words = ", ".join(f"{name} {percent(share)}" for name, share in shares.items() if share is not None)
-        yield f"bandwidth of the fused kernels over that of copies, {model}, {f['gpu']}", words
+        what = f"bandwidth of the fused kernels over that of copies, {model}, {f['gpu']}"
+        yield f"{what}; rows of ffn.value behind zeros count, but are not read", words
 
 
 def parity_gpu(f: Figures) -> Iterator[Line]:
@@ -192,6 +193,7 @@ LINES: Mapping[str, Callable[[Figures], Iterator[Line]]] = {
     "export": export,
     "demo_model": demo_model,
     "step_gpu": step_gpu,
+    "step_gpu_w8": step_gpu,
     "kernels_gpu": kernels_gpu,
     "parity_gpu": parity_gpu,
     "sampling_gpu": sampling_gpu,
@@ -199,6 +201,12 @@ LINES: Mapping[str, Callable[[Figures], Iterator[Line]]] = {
     "wkv_gpu": wkv_gpu,
 }
 """Result file → its lines in README; files that are absent are left out."""
+
+COMMANDS: Mapping[str, str] = {
+    "soak_demo": "rwkv-edge soak",
+    "step_gpu_w8": "benchmarks/step_gpu.py --tune W8",
+}
+"""What wrote a result file, where it is not the script of its name."""
 
 
 def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
@@ -208,13 +216,18 @@ def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in order + [name for name in found if name not in LINES]}
 
 
+def command(name: str) -> str:
+    """What wrote a result file."""
+    return COMMANDS.get(name, f"benchmarks/{name}.py")
+
+
 def readme_table(found: Mapping[str, dict[str, Any]]) -> str:
     """The lines of `LINES` as one Markdown table."""
     rows = []
     for name, lines in LINES.items():
         if name not in found:
             continue
-        by = "`rwkv-edge soak`" if name == "soak_demo" else f"`benchmarks/{name}.py`"
+        by = f"`{command(name)}`"
         for what, figure in lines(found[name].get("figures", found[name])):
             rows.append((by, what, figure))
             by = "same"
@@ -288,7 +301,7 @@ def _section(name: str, data: Mapping[str, Any]) -> str:
     machine = data["machine"]
     facts = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, torch {data['torch']}"
     groups = dict(_groups(data["figures"]))
-    parts = [f"{data['title']}. `benchmarks/{name}.py`, {data['date']}; {facts}."]
+    parts = [f"{data['title']}. `{command(name)}`, {data['date']}; {facts}."]
     alone = groups.pop("", {})
     if alone:
         parts.append(table(("figure", "value"), [(_words(key), value_text(key, v)) for key, v in alone.items()]))
