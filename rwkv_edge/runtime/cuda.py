@@ -23,6 +23,7 @@ from rwkv_edge.runtime.cuda_launch import Launch, Loaded
 from rwkv_edge.runtime.cuda_pieces import MOST_ROWS, Piece, Pieces
 from rwkv_edge.runtime.cuda_rows import StateRows
 from rwkv_edge.runtime.cuda_sampling import DrawKey, Draws, checked_samplers, draws_on_device, take_all
+from rwkv_edge.runtime.cuda_staging import Staging
 from rwkv_edge.runtime.cuda_state import CudaState
 from rwkv_edge.runtime.cuda_tuning import default_tuning, keep_tuning, tuning_for
 from rwkv_edge.runtime.cuda_weights import INDEX_FILE, WEIGHTS_FILE, check_scheme, load_weights, stored_forms
@@ -100,7 +101,7 @@ class CudaSession:
         self._weights = load_weights(self._driver, artifact.path)
         self._tuning = tuning or tuning_for(self._driver.name, self._dimensions, self._weights.stored)
         self._chains: dict[int, Chain] = {}
-        self._loaded = Loaded(self._driver)
+        self._loaded, self._staging = Loaded(self._driver), Staging(self._driver, self.spec.vocab_size)
         self._pieces = Pieces(self._driver, self.spec, self._dimensions, self._weights, self._loaded)
         self._work: CudaState | None = None
         self._generation = 0
@@ -367,13 +368,11 @@ class CudaSession:
         return state
 
     def _feed(self, tokens: np.ndarray, state: CudaState) -> None:
-        self._driver.upload(np.ascontiguousarray(tokens.astype(np.int32)), state.tokens)
+        self._staging.feed(tokens, state.tokens)
 
     def logits(self, state: CudaState) -> np.ndarray:
         """Those [B, V] of the last step that computed them."""
-        logits = np.empty((state.batch, self.spec.vocab_size), np.float32)
-        self._driver.download(state.logits, logits)
-        return logits
+        return self._staging.logits(state.logits, state.batch)
 
     def _borrowed(self, state: CudaState) -> CudaState:
         """A state of the session's own with the values of this one: its graphs are there when a new prompt comes.

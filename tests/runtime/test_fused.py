@@ -26,6 +26,7 @@ from rwkv_edge.evaluation.synthetic import Shape7, random_v7, save_pth
 from rwkv_edge.exporters.onnx import ExportOptions, export_checkpoint
 from rwkv_edge.plugins.fused_spec import COLUMNS, FusedKernel
 from rwkv_edge.runtime.cuda import CudaSession
+from rwkv_edge.runtime.cuda_driver import Driver
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.session import open_session
 
@@ -286,8 +287,9 @@ def test_too_little_memory(tmp_path: Path, numpy_gpu: None, monkeypatch: pytest.
         open_session(folder, backend="cuda")
 
 
-def test_no_gpu(tmp_path: Path) -> None:
+def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's library is not there, or sees no GPU: one sentence."""
+    monkeypatch.setattr("rwkv_edge.runtime.cuda.Driver", Driver)
     pytest.importorskip("cuda.bindings")
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
