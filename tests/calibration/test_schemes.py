@@ -54,8 +54,11 @@ def test_only_static_products_ask_for_precision(calibrated: Callable, tmp_path: 
     assert np.isfinite(logits_of(tmp_path / "both")).all()
 
 
-@pytest.mark.parametrize("choice", ["w8a8", "w8", "w4"])
-@pytest.mark.parametrize("version", VERSIONS)
+BUILT = [(version, "w8a8") for version in VERSIONS]
+BUILT += [(version, choice) for version in ("5.2", "7") for choice in ("w8", "w4")]
+
+
+@pytest.mark.parametrize(("version", "choice"), BUILT)
 def test_builds_for_tensorrt_rtx(version: str, choice: str, calibrated: Callable, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     source = calibrated(version, "fp16")
