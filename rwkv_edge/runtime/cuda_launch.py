@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -37,14 +38,16 @@ class Loaded:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._functions: dict[FusedKernel, Any] = {}
-        self._same: dict[int, tuple[FusedKernel, Any]] = {}  # by identity: a hash of a kernel takes as long as a launch
+        # by identity, for as long as there is the object: a hash of a kernel takes as long as a launch
+        self._same: dict[int, tuple[weakref.ref[FusedKernel], Any]] = {}
 
     def function(self, kernel: FusedKernel) -> Any:
         """What `Driver.launch` takes."""
-        if id(kernel) not in self._same:
+        key = id(kernel)
+        if key not in self._same:
             self._load([kernel])
-            self._same[id(kernel)] = kernel, self._functions[kernel]
-        return self._same[id(kernel)][1]
+            self._same[key] = weakref.ref(kernel, lambda _: self._same.pop(key, None)), self._functions[kernel]
+        return self._same[key][1]
 
     def enqueue(self, launches: Sequence[Launch]) -> None:
         """Put kernels on the stream. The first waits for all ahead of it; the others may overlap the one ahead."""

@@ -51,6 +51,19 @@ def test_kernels_are_compiled_side_by_side(
     assert len(compiler.asked) == before
 
 
+def test_kernels_that_come_and_go_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state that draws makes equal kernels anew."""
+    monkeypatch.setattr(FusedKernel, "ptx", cuda_double.described)
+    loaded = Loaded(cuda_double.Driver())
+    kept = replace(KERNEL)
+    function = loaded.function(kept)
+    for _ in range(100):
+        assert loaded.function(replace(KERNEL)) is function
+    assert len(loaded._same) == 1
+    assert loaded.function(kept) is function
+    assert len(loaded._functions) == 1
+
+
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(kernel: FusedKernel, capability: int) -> str:
         raise ValueError(kernel.name)
