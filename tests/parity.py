@@ -13,8 +13,8 @@ from rwkv_edge.runtime.session import open_session
 
 
 def exported_session(checkpoint: Path, folder: Path, **options: object) -> OrtSession:
-    """Export a checkpoint and open the artifact on one thread."""
-    choices = ExportOptions(**{"tokenizer": "none", **options})  # type: ignore[arg-type]
+    """Export a checkpoint, without chunks unless they are asked for, and open the artifact on one thread."""
+    choices = ExportOptions(**{"tokenizer": "none", "chunks": (), **options})  # type: ignore[arg-type]
     export_checkpoint(open_checkpoint(checkpoint), folder, choices)
     session = open_session(folder, threads=1)
     assert isinstance(session, OrtSession)

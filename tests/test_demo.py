@@ -31,8 +31,7 @@ def test_held_out_bits_per_byte(precision: str, count: int, shared_text: Path, t
     """Processors take their time for 16 bits."""
     text = (shared_text / "tinyshakespeare.txt").read_bytes()
     held_out = list(text[len(text) * 9 // 10 :])[: count + 1]  # the whole 10 % is in benchmarks/demo_model.py
-    options: dict[str, object] = {"precision": precision, "tokenizer": "bytes", "chunks": ()}
-    session = exported_session(DEMO_CHECKPOINT, tmp_path / "artifact", **options)
+    session = exported_session(DEMO_CHECKPOINT, tmp_path / "artifact", precision=precision, tokenizer="bytes")
     assert likelihood(session, held_out, count).bits_per_byte <= 2.2
 
 
@@ -41,8 +40,7 @@ def test_half_precisions_follow_fp32(shared_text: Path, tmp_path: Path) -> None:
     tokens = list(text[-256:])
     logits = {}
     for precision in ("fp32", "fp16", "bf16"):
-        options: dict[str, object] = {"precision": precision, "tokenizer": "bytes", "chunks": ()}
-        session = exported_session(DEMO_CHECKPOINT, tmp_path / precision, **options)
+        session = exported_session(DEMO_CHECKPOINT, tmp_path / precision, precision=precision, tokenizer="bytes")
         state = session.initial_state()
         logits[precision] = np.stack([session.step([token], state)[0] for token in tokens])
     for precision in ("fp16", "bf16"):

@@ -26,8 +26,9 @@ def tuned(layers: int = 2, heads: int = 2, size: int = 64) -> dict[str, torch.Te
 def test_equals_feeding_the_state_by_hand(version: str, tmp_path: Path) -> None:
     path = save_pth(MAKERS[version](), tmp_path / "model.pth")
     states = tuned()
-    session = exported_session(path, tmp_path / "tuned", state=save_pth(states, tmp_path / "state.pth"), batch=None)
-    plain = exported_session(path, tmp_path / "plain", batch=None)
+    common: dict[str, object] = {"batch": None, "chunks": (16,)}
+    session = exported_session(path, tmp_path / "tuned", state=save_pth(states, tmp_path / "state.pth"), **common)
+    plain = exported_session(path, tmp_path / "plain", **common)
     by_hand = plain.export_state(plain.initial_state(2))
     for i in range(2):
         matrix = states[f"blocks.{i}.att.time_state"].numpy()

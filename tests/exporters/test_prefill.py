@@ -15,6 +15,7 @@ from parity import exported_session, random_tokens, relative, worst_state
 from rwkv_edge.cli import run
 from rwkv_edge.errors import InputError
 from rwkv_edge.evaluation.synthetic import Shape7, random_v7, save_pth
+from rwkv_edge.exporters.onnx import DEFAULT_CHUNKS
 from rwkv_edge.runtime.onnxruntime import OrtSession
 from rwkv_edge.runtime.ort_state import OrtState
 
@@ -114,7 +115,7 @@ def extreme(version: str, slow: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("slow", [False, True])
 def test_extreme_decays(version: str, slow: bool, tmp_path: Path) -> None:
     path = save_pth(extreme(version, slow), tmp_path / "model.pth")
-    session = exported_session(path, tmp_path / "artifact")
+    session = exported_session(path, tmp_path / "artifact", chunks=DEFAULT_CHUNKS)
     tokens = np.array([[7] * 40 + random_tokens(60, 256) + [9] * 92])
     serial, state = session.initial_state(), session.initial_state()
     expected = stepped(session, tokens, serial)[:, -1]
@@ -134,7 +135,7 @@ def test_half_precisions(precision: str, checkpoint: Path, session: OrtSession, 
 
 
 def test_fixed_batch(checkpoint: Path, session: OrtSession, tmp_path: Path) -> None:
-    fixed = exported_session(checkpoint, tmp_path / "artifact", batch=3)
+    fixed = exported_session(checkpoint, tmp_path / "artifact", batch=3, chunks=DEFAULT_CHUNKS)
     tokens = np.array([random_tokens(81, 256, row) for row in range(3)])
     found = fixed.prefill(tokens, fixed.initial_state(3))
     assert relative(found, session.prefill(tokens, session.initial_state(3))) < 1e-5
@@ -142,7 +143,7 @@ def test_fixed_batch(checkpoint: Path, session: OrtSession, tmp_path: Path) -> N
 
 def test_graphs_share_one_mapping_of_the_weights(tmp_path: Path) -> None:
     path = save_pth(random_v7(Shape7(2, 512, vocab_size=8192)), tmp_path / "model.pth")
-    session = exported_session(path, tmp_path / "artifact")
+    session = exported_session(path, tmp_path / "artifact", chunks=DEFAULT_CHUNKS)
     state = session.initial_state()
     for token in range(20):
         session.step([token], state)
