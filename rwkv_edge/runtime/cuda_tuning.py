@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_edge.errors import InputError
-from rwkv_edge.plugins.fused_spec import Choice, Dimensions, Stored, Tuning
+from rwkv_edge.plugins.fused_spec import EMBEDDING, Choice, Dimensions, Stored, Tuning
 from rwkv_edge.plugins.nvrtc import cache_folder
 from rwkv_edge.runtime.atomic import write_whole
 
@@ -33,9 +33,9 @@ of matrix-vector products, that grows with the streams, reaches at four to five 
 
 def default_tuning(dimensions: Dimensions, stored: Mapping[str, Stored]) -> Tuning:
     """The choices that were fastest on an H100; sources: `rwkv-edge tune`, `benchmarks/wide_gpu.py`."""
-    found = SMALL
-    if dimensions.width >= WIDE:
-        found = dataclasses.replace(LARGE, eager=not any(how.form == "int4" for how in stored.values()))
+    found = SMALL if dimensions.width < WIDE else LARGE
+    if any(name != EMBEDDING for name in stored):  # matrices in integers
+        found = dataclasses.replace(found, eager=False)
     return found if dimensions.dtype == "float32" else dataclasses.replace(found, wide_from=WIDE_FROM)
 
 

@@ -16,7 +16,7 @@ from rwkv_edge.artifact import Artifact
 from rwkv_edge.cli import cli
 from rwkv_edge.errors import InputError
 from rwkv_edge.evaluation import tune as tuning
-from rwkv_edge.plugins.fused_spec import Choice, FusedKernel, Tuning
+from rwkv_edge.plugins.fused_spec import Choice, FusedKernel, Stored, Tuning
 from rwkv_edge.runtime.cuda import CudaSession
 from rwkv_edge.runtime.cuda_tuning import LARGE, SMALL, keep_tuning, tuning_file, tuning_for, tuning_from_json
 
@@ -96,6 +96,8 @@ def test_damaged_files_are_done_without(artifact: Path) -> None:
     keep_tuning("gpu", dimensions, {}, BEST)
     assert tuning_for("gpu", dimensions, {}) == BEST
     assert tuning_for("another", dimensions, {}) == SMALL
+    assert tuning_for("another", dimensions, {"emb": Stored("int8")}) == SMALL
+    assert tuning_for("another", dimensions, {"head": Stored("int8")}) == replace(SMALL, eager=False)
     path = tuning_file("gpu", dimensions, {})
     good = json.loads(path.read_text())
     for text in ("", "[]", "{}", json.dumps({**good, "format": 99}), json.dumps({**good, "tuning": {"skip": 1}})):
