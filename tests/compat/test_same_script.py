@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rwkv_edge.evaluation.synthetic import Shape, Shape7, random_v4, random_v6, random_v7, save_pth
+from rwkv_edge.evaluation.synthetic import Shape, Shape7, random_v4, random_v7, save_pth
 
 VOCABULARY = 65536
 MODELS = {
     "4": lambda: random_v4(Shape(2, 64, VOCABULARY)),
-    "6": lambda: random_v6(Shape(2, 64, VOCABULARY)),
     "7": lambda: random_v7(Shape7(2, 64, VOCABULARY)),
 }
 OLD = "from rwkv.model import RWKV\nfrom rwkv.utils import PIPELINE, PIPELINE_ARGS\n"

@@ -67,28 +67,28 @@ def test_other_devices(capability: int, nvrtc_architectures: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize(
-    ("dimensions", "tuning", "batch", "form"),
+    ("dimensions", "tuning", "batch", "form", "capability"),
     [
-        (SMALLEST, SMALL, 1, "float"),
-        (LARGER, LARGE, 1, "float"),
-        (replace(LARGER, dtype="bfloat16"), LARGE, 1, "float"),
-        (LARGER, LARGE, 1, "int8"),
-        (LARGER, LARGE, 1, "int4"),
-        (SMALLEST, SMALL, 8, "int4"),
+        (SMALLEST, SMALL, 1, "float", ORIN),
+        (LARGER, LARGE, 1, "float", HOPPER),
+        (replace(LARGER, dtype="bfloat16"), LARGE, 1, "float", ORIN),
+        (LARGER, LARGE, 1, "int8", ORIN),
+        (LARGER, LARGE, 1, "int4", HOPPER),
+        (SMALLEST, SMALL, 8, "int4", ORIN),
     ],
     ids=["0.1B", "1.5B", "1.5B in bfloat16", "1.5B in int8", "1.5B in int4", "0.1B in int4, 8 streams"],
 )
 def test_registers_do_not_spill(
-    dimensions: Dimensions, tuning: Tuning, batch: int, form: str, nvrtc_architectures: tuple[int, ...]
+    dimensions: Dimensions, tuning: Tuning, batch: int, form: str, capability: int, nvrtc_architectures: tuple[int, ...]
 ) -> None:
-    """Two words at most, by which ptxas reaches a round number of registers. Eight streams: on Orin, all layers but the
-    first."""
+    """Two words at most, by which ptxas reaches a round number of registers. Eight streams: not the first layer."""
+    if capability not in nvrtc_architectures:
+        pytest.skip(f"this NVRTC does not know sm_{capability}")
     stored = {} if form == "float" else quantized(form)
     kernels = Kernels7(dimensions, batch, tuning, stored, shared=MOST_SHARED)
-    for capability in {ORIN, HOPPER} & set(nvrtc_architectures):
-        for kernel in all_of(kernels):
-            if batch == 1 or (capability == ORIN and kernel != kernels.time_mix_in(0)):  # ptxas takes 9 s for that one
-                assert spilled(kernel, capability) <= 8, f"{kernel.name}: {report(kernel, capability)}"
+    for kernel in all_of(kernels):
+        if batch == 1 or kernel != kernels.time_mix_in(0):  # ptxas takes 9 s for that one
+            assert spilled(kernel, capability) <= 8, f"{kernel.name}: {report(kernel, capability)}"
 
 
 def test_programmatic_launch_only_where_it_exists(nvrtc_architectures: tuple[int, ...]) -> None:

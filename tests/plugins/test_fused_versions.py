@@ -77,29 +77,28 @@ def test_all_compile(capability: int, version: str, form: str, nvrtc_architectur
 
 
 @pytest.mark.parametrize(
-    ("version", "batch", "form", "dtype"),
+    ("version", "batch", "form", "dtype", "capability"),
     [
-        ("4", 1, "float", "float16"),
-        ("5.0", 1, "float", "bfloat16"),
-        ("5.2", 1, "float", "float16"),
-        ("5.2", 1, "int8", "float16"),
-        ("5.2", 1, "int4", "float16"),
-        ("6", 1, "float", "float16"),
-        ("6", 1, "int4", "float16"),
-        ("7a", 1, "float", "float16"),
-        ("4", 8, "int8", "float16"),
+        ("4", 1, "float", "float16", ORIN),
+        ("5.0", 1, "float", "bfloat16", HOPPER),
+        ("5.2", 1, "float", "float16", ORIN),
+        ("5.2", 1, "int8", "float16", HOPPER),
+        ("5.2", 1, "int4", "float16", ORIN),
+        ("6", 1, "float", "float16", HOPPER),
+        ("6", 1, "int4", "float16", ORIN),
+        ("7a", 1, "float", "float16", ORIN),
     ],
 )
 def test_registers_do_not_spill(
-    version: str, batch: int, form: str, dtype: str, nvrtc_architectures: tuple[int, ...]
+    version: str, batch: int, form: str, dtype: str, capability: int, nvrtc_architectures: tuple[int, ...]
 ) -> None:
-    """At the widths of released models; two words at most, by which ptxas reaches a round number of registers. Eight
-    streams: on Orin."""
+    """At the widths of released models; two words at most, by which ptxas reaches a round number of registers."""
+    if capability not in nvrtc_architectures:
+        pytest.skip(f"this NVRTC does not know sm_{capability}")
     dimensions = replace(OFFICIAL[version], dtype=dtype)
     tuning = LARGE if dimensions.width >= 2048 else SMALL
-    for capability in ({ORIN, HOPPER} if batch == 1 else {ORIN}) & set(nvrtc_architectures):
-        for kernel in all_of(made(version, dimensions, tuning, batch, form)):
-            assert spilled(kernel, capability) <= 8, f"{kernel.name}: {report(kernel, capability)}"
+    for kernel in all_of(made(version, dimensions, tuning, batch, form)):
+        assert spilled(kernel, capability) <= 8, f"{kernel.name}: {report(kernel, capability)}"
 
 
 @pytest.mark.parametrize("version", EXPECTED)
