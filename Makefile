@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-all
 	$(BIN)/rwkv-edge demo -o artifacts/demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadscope
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
