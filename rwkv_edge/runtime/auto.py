@@ -26,18 +26,15 @@ def engine_backend(artifact: Artifact, backend: str) -> str | None:
 def kernels_fit(artifact: Artifact) -> bool:
     """Whether our own kernels run the artifact on the first GPU: packages, driver, capability, version, form."""
     from rwkv_edge.plugins.nvrtc import nvrtc_version
-    from rwkv_edge.runtime.cuda import check_kernels, dimensions_of
+    from rwkv_edge.runtime.cuda import checked_dimensions
     from rwkv_edge.runtime.cuda_driver import device_capability
-    from rwkv_edge.runtime.cuda_weights import check_scheme, stored_forms
 
     try:
         capability = device_capability()
         if capability is None or capability < LEAST_CAPABILITY:
             return False
         nvrtc_version()
-        check_scheme(artifact)
-        spec = artifact.manifest.spec
-        check_kernels(spec, dimensions_of(spec), stored_forms(artifact.path))
+        checked_dimensions(artifact)
     except (MissingDependencyError, SessionError):
         return False
     return True

@@ -6,6 +6,7 @@ graph, captured for each of the two directions between the token-shift states.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 from rwkv_edge.artifact import Artifact
 from rwkv_edge.errors import InputError, SessionError
 from rwkv_edge.plugins.fused import Kernels
-from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, Stored, Tuning
+from rwkv_edge.plugins.fused_spec import MAX_BATCH, Dimensions, Tuning
 from rwkv_edge.plugins.fused_versions import KERNELS
 from rwkv_edge.runtime.cuda_ahead import Ahead, Fetch, drawn_tokens
 from rwkv_edge.runtime.cuda_chain import Chain, Give
@@ -38,8 +39,6 @@ from rwkv_edge.runtime.session import (
 )
 from rwkv_edge.spec import ModelSpec, numpy_dtype
 
-WIDE, WIDER = 2048, 2560  # widths D from which a model counts as large
-
 
 def dimensions_of(spec: ModelSpec) -> Dimensions:
     """What the kernels are compiled for.
@@ -50,20 +49,31 @@ def dimensions_of(spec: ModelSpec) -> Dimensions:
     if spec.version not in KERNELS:
         known = ", ".join(KERNELS)
         raise SessionError(f"the backend 'cuda' runs RWKV-{known}, not RWKV-{spec.version}; use another backend")
-    try:
+    with _refused():
         return KERNELS[spec.version].dimensions_of(spec)
-    except InputError as error:
-        raise SessionError(f"the backend 'cuda' cannot run this model: {error}; use another backend") from error
 
 
-def check_kernels(spec: ModelSpec, dimensions: Dimensions, stored: Mapping[str, Stored]) -> None:
-    """Refuse matrices in forms that no kernel takes.
+def checked_dimensions(artifact: Artifact) -> Dimensions:
+    """What the kernels are compiled for, once it is known that they take the artifact's matrices.
 
     Raises:
-        SessionError: there are some; the message says which.
+        ArtifactError: the artifact is damaged.
+        SessionError: they do not run this model, or a matrix in the form in which it is stored; the message says why.
     """
-    try:
+    spec = artifact.manifest.spec
+    dimensions = dimensions_of(spec)
+    check_scheme(artifact)
+    stored = stored_forms(artifact.path)
+    with _refused():
         KERNELS[spec.version](dimensions, 1, default_tuning(dimensions, stored), stored)
+    return dimensions
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """What the kernels refuse, in the words of a session."""
+    try:
+        yield
     except InputError as error:
         raise SessionError(f"the backend 'cuda' cannot run this model: {error}; use another backend") from error
 
@@ -91,9 +101,7 @@ class CudaSession:
         self.model_hash: str | None = artifact.manifest.model_hash
         initial = artifact.manifest.initial_state
         self.initial_hash = None if initial is None else artifact.manifest.files[initial].sha256
-        self._dimensions = dimensions_of(self.spec)
-        check_scheme(artifact)
-        check_kernels(self.spec, self._dimensions, stored_forms(artifact.path))
+        self._dimensions = checked_dimensions(artifact)
         if check_content:
             artifact.check_content(INDEX_FILE, WEIGHTS_FILE)
         self._driver = Driver(device)

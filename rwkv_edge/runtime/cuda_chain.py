@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,6 @@ from rwkv_edge.spec import ITEM_SIZE, ModelSpec
 FLOAT = 4  # bytes
 
 Part = Literal["att", "ffn"]
-PARTS: tuple[Part, ...] = ("att", "ffn")
 Give = Literal["state", "logits", "choice"]
 """What a step computes: the new state alone, the logits too, or also the greedy choice, which is the next token."""
 
@@ -105,7 +105,6 @@ class Chain:
             weights: `Weights.address` of `rwkv_edge.runtime.cuda_weights`.
         """
         self._driver, self._spec, self._kernels, self._weights = driver, spec, kernels, weights
-        self._plans: dict[tuple[int, Part], list[Planned]] = {}
         self._buffers = Buffers(driver)
         for name, floats in kernels.buffers().items():
             self._buffers.add(name, floats * kernels.batch)
@@ -120,23 +119,17 @@ class Chain:
             give: 'state' alone, 'logits' too, or also the greedy 'choice', which takes the place of the token.
         """
         found: list[Launch] = []
-        for layer in range(self._spec.n_layer):
-            for second, part in enumerate(PARTS):
-                if (layer, part) not in self._plans:
-                    self._plans[layer, part] = self._half(layer, part)
+        for layer, halves in enumerate(self._layers):
+            for second, half in enumerate(halves):
                 places = {
                     **state.single[layer], "tokens": outputs.tokens, "halted": outputs.halted,
                     "shift": state.shifts[side][layer][second], "shift.out": state.shifts[1 - side][layer][second],
                 }  # fmt: skip
-                found += [planned.at(places) for planned in self._plans[layer, part]]
+                found += [planned.at(places) for planned in half]
         if give != "state":
-            buffers = self._buffers.by_name
-            places = {**buffers, "stream": buffers["stream.0"], "logits": outputs.logits}
-            places |= {name: self._weights[name] for name in ("ln_out.weight", "ln_out.bias", "head", "head.scale")}
-            found.append(self._planned(self._kernels.head(), places, places).at(places))
+            found.append(self._head.at({"logits": outputs.logits}))
         if give == "choice":
-            places = {**self._buffers.by_name, "tokens": outputs.tokens}
-            found.append(self._planned(self._kernels.argmax(), places, places).at(places))
+            found.append(self._argmax.at({"tokens": outputs.tokens}))
         return found
 
     def fill_with_nan(self) -> None:
@@ -147,6 +140,22 @@ class Chain:
     def close(self) -> None:
         """Give the buffers back."""
         self._buffers.close()
+
+    @cached_property
+    def _layers(self) -> list[tuple[list[Planned], list[Planned]]]:
+        """Time mix and channel mix of every layer."""
+        return [(self._half(layer, "att"), self._half(layer, "ffn")) for layer in range(self._spec.n_layer)]
+
+    @cached_property
+    def _head(self) -> Planned:
+        buffers = self._buffers.by_name
+        places = {**buffers, "stream": buffers["stream.0"]}
+        places |= {name: self._weights[name] for name in ("ln_out.weight", "ln_out.bias", "head", "head.scale")}
+        return self._planned(self._kernels.head(), places, places)
+
+    @cached_property
+    def _argmax(self) -> Planned:
+        return self._planned(self._kernels.argmax(), self._buffers.by_name, self._buffers.by_name)
 
     def _half(self, layer: int, part: Part) -> list[Planned]:
         """A half of a layer. Weights and buffers share no name: the checkpoint's are called value, key, receptance."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from rwkv_edge.plugins.fused_spec import FusedKernel
@@ -43,45 +44,47 @@ class Loaded:
 
     def function(self, kernel: FusedKernel) -> Any:
         """What `Driver.launch` takes."""
-        key = id(kernel)
-        if key not in self._same:
-            self._load([kernel])
-            self._same[key] = weakref.ref(kernel, lambda _: self._same.pop(key, None)), self._functions[kernel]
-        return self._same[key][1]
+        self._load([kernel])
+        return self._same[id(kernel)][1]
 
     def enqueue(self, launches: Sequence[Launch]) -> None:
         """Put kernels on the stream. The first waits for all ahead of it; the others may overlap the one ahead."""
-        self._load([launch.kernel for launch in launches if id(launch.kernel) not in self._same])
+        self._load([launch.kernel for launch in launches])
         for index, launch in enumerate(launches):
-            kernel = launch.kernel
-            function = self.function(kernel)
+            kernel, (_, function) = launch.kernel, self._same[id(launch.kernel)]
             self._driver.launch(function, launch.grid, kernel.threads, kernel.shared, launch.pointers, early=index > 0)
 
     def captured(self, groups: Sequence[Sequence[Launch]]) -> Graph:
         """A graph of launches; those of a group wait for the group ahead. Capturing runs nothing."""
-        self._load([launch.kernel for group in groups for launch in group if id(launch.kernel) not in self._same])
+        self._load([launch.kernel for group in groups for launch in group])
         with self._driver.capture() as graph:
             for group in groups:
                 self.enqueue(group)
         return graph
 
     def _load(self, kernels: Sequence[FusedKernel]) -> None:
-        missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._functions]
-        if missing:
-            self._compile(missing)
-        for kernel in missing:
-            ptx = kernel.ptx(self._driver.capability)
+        """Compile and load those that are new."""
+        new = [kernel for kernel in kernels if id(kernel) not in self._same]
+        missing = [kernel for kernel in dict.fromkeys(new) if kernel not in self._functions]
+        for kernel, ptx in zip(missing, self._compiled(missing), strict=True):
             self._functions[kernel] = self._driver.function(ptx, kernel.name, kernel.shared)
+        for kernel in new:
+            key = id(kernel)
+            self._same[key] = weakref.ref(kernel, partial(self._forget, key)), self._functions[kernel]
 
-    def _compile(self, kernels: Sequence[FusedKernel]) -> None:
-        """Put kernels into the cache of compiled texts, side by side: NVRTC takes up to a second for one.
+    def _forget(self, key: int, _: weakref.ref[FusedKernel]) -> None:
+        self._same.pop(key, None)
+
+    def _compiled(self, kernels: Sequence[FusedKernel]) -> list[str]:
+        """PTX of kernels, compiled side by side: NVRTC takes up to a second for one.
 
         Where that takes a while, the log says so.
         """
+        if not kernels:
+            return []
         capability = self._driver.capability
         with ThreadPoolExecutor(min(len(kernels), os.cpu_count() or 1)) as pool:
             compiling = [pool.submit(kernel.ptx, capability) for kernel in kernels]
             if wait(compiling, PATIENCE).not_done:
                 LOGGER.info("compiling kernels for %s; the next start finds them in the cache", self._driver.name)
-            for one in compiling:
-                one.result()
+            return [one.result() for one in compiling]

@@ -101,11 +101,7 @@ class Pieces:
         return ((n, i == len(lengths) - 1) for i, n in enumerate(lengths))
 
     def chain(self, rows: int) -> WideChain:
-        """The chain for so many rows, at most `MOST_ROWS`: there is one for every power of two.
-
-        Raises:
-            InputError: the kernels do not take a matrix in the form in which it is stored.
-        """
+        """The chain for so many rows, at most `MOST_ROWS`: there is one for every power of two."""
         size = LEAST_ROWS
         while size < rows:
             size *= 2
