@@ -52,12 +52,13 @@ def command(
     Example: rwkv-edge bench RWKV-x070-World-0.1B-fp16 --checkpoint RWKV-x070-World-0.1B.pth --compare rwkv
     """
     from rwkv_edge.evaluation.bench_plot import check_plot, write_plot
-    from rwkv_edge.evaluation.bench_run import BenchOptions, bench, check_json, write_json
+    from rwkv_edge.evaluation.bench_run import BenchOptions, bench, write_json
+    from rwkv_edge.runtime.atomic import require_writable
 
     choices = BenchOptions(providers=list(providers), **options)  # type: ignore[arg-type]  # click's, by the fields
     to_file = json_file if json_file and str(json_file) != "-" else None
     if to_file:
-        check_json(to_file)
+        require_writable(to_file)
     if plot:
         check_plot(plot)
     with count_progress() as start:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_edge.errors import FileError, InputError, MissingDependencyError
-from rwkv_edge.runtime.atomic import check_writable, reason_of, write_whole
+from rwkv_edge.errors import InputError, MissingDependencyError
+from rwkv_edge.runtime.atomic import require_writable, write_file
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -23,9 +23,7 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise InputError(f"a plot is a file ending in {', '.join(FORMATS)}, not '{path.name}'")
-    reason = check_writable(path)
-    if reason:
-        raise FileError(f"{path} cannot be written: {reason}")
+    require_writable(path)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -65,10 +63,7 @@ def write_plot(report: Mapping[str, Any], path: Path) -> None:
     figure.legend(*order.get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=9)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:], dpi=150)
-    try:
-        write_whole(path, drawn.getvalue())
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {reason_of(error)}") from error
+    write_file(path, drawn.getvalue())
 
 
 def _title(report: Mapping[str, Any]) -> str:

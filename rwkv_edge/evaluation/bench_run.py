@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_edge.artifact import Artifact
-from rwkv_edge.errors import FileError, InputError, MissingDependencyError, VerificationError
+from rwkv_edge.errors import InputError, MissingDependencyError, VerificationError
 from rwkv_edge.evaluation.bench_bandwidth import copy_bandwidth
 from rwkv_edge.evaluation.bench_machine import Machine
 from rwkv_edge.evaluation.bench_parity import (
@@ -32,7 +32,7 @@ from rwkv_edge.evaluation.bench_power import EnergyMeter
 from rwkv_edge.evaluation.bench_report import BenchReport, Measured, Turn
 from rwkv_edge.evaluation.bench_worker import WARM_STEPS, Contender, Worker
 from rwkv_edge.evaluation.roofline import read_bandwidth
-from rwkv_edge.runtime.atomic import check_writable, reason_of, write_whole
+from rwkv_edge.runtime.atomic import write_file
 from rwkv_edge.runtime.session import checked_batch, open_session
 
 PACKAGE = "rwkv"
@@ -323,27 +323,13 @@ def _joules_per_token(
     return None if joules is None else joules / (len(tokens) * (WARM_STEPS + count))
 
 
-def check_json(path: Path) -> None:
-    """Whether the figures can be written there, before they are measured.
-
-    Raises:
-        FileError: they cannot.
-    """
-    reason = check_writable(path)
-    if reason:
-        raise FileError(f"{path} cannot be written: {reason}")
-
-
 def write_json(figures: dict[str, Any], path: Path) -> None:
     """Write figures as indented JSON, whole or not at all.
 
     Raises:
         FileError: the file cannot be written.
     """
-    try:
-        write_whole(path, (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {reason_of(error)}") from error
+    write_file(path, (json.dumps(figures, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def bytes_per_step(artifact: Artifact, batch: int) -> int | None:

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
-from rwkv_edge.errors import FileError
 from rwkv_edge.evaluation.report_data import Collected, Row, collect
 from rwkv_edge.evaluation.report_plots import (
     Ranges,
@@ -17,7 +16,7 @@ from rwkv_edge.evaluation.report_plots import (
     size_and_loss,
     speeds,
 )
-from rwkv_edge.runtime.atomic import check_writable, reason_of, write_whole
+from rwkv_edge.runtime.atomic import require_writable, write_file
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2024;--soft:#5b6570;--page:#fff;--line:#d9dee3;--card:#f6f8fa}
@@ -58,15 +57,10 @@ def write_report(
     """
     found = collect(folder)
     target = target or folder / "report.html"
-    reason = check_writable(target)
-    if reason:
-        raise FileError(f"{target} cannot be written: {reason}")
+    require_writable(target)
     histograms = ranges(found.calibration) if ranges and found.calibration else {}
     page = page_of(found, histograms)
-    try:
-        write_whole(target, page.encode("utf-8", errors="backslashreplace"))
-    except OSError as error:
-        raise FileError(f"{target} cannot be written: {reason_of(error)}") from error
+    write_file(target, page.encode("utf-8", errors="backslashreplace"))
     return target, found
 
 

@@ -10,6 +10,8 @@ import re
 import secrets
 from pathlib import Path
 
+from rwkv_edge.errors import FileError
+
 try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be removed anyway
@@ -41,6 +43,29 @@ def write_whole(path: Path, data: bytes) -> None:
             scratch.unlink()
         raise
     _sync_folder(place.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """`write_whole` for what a user asked to be written there.
+
+    Raises:
+        FileError: it cannot be written; the former file is as it was.
+    """
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {reason_of(error)}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Refuse at once a place at which `write_file` would fail after the work.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    reason = check_writable(path)
+    if reason:
+        raise FileError(f"{path} cannot be written: {reason}")
 
 
 def check_writable(path: Path) -> str | None:
